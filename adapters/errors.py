@@ -1,0 +1,392 @@
+"""Every way Loraplane says no, in one tree.
+
+LoraplaneError
+├── Refused                       the caller asked for something that cannot be had
+│   ├── InvalidRequest            a field is wrong
+│   │   ├── MissingParameter
+│   │   ├── UnsupportedParameter  a field of the protocol that this server does not honour
+│   │   └── ContextLengthExceeded
+│   ├── AdapterRefused            an adapter may not enter the registry; `reason` says why
+│   ├── NotFound
+│   │   ├── ModelNotFound
+│   │   ├── NoChampion
+│   │   └── RecordNotFound        a blob, report, policy or alias
+│   ├── Conflict
+│   │   ├── GenerationMismatch    the alias moved meanwhile
+│   │   ├── GateRefused           the gate does not allow this promotion
+│   │   └── DigestMismatch        the bytes are not what was declared
+│   ├── InvalidKey
+│   ├── HostNotAllowed
+│   └── PayloadTooLarge
+├── Overloaded                    come back in a moment
+│   ├── QueueFull
+│   └── AdapterCapacity           every slot is leased and the wait is full
+├── Unavailable                   the server, not the caller, is at fault
+│   ├── NotReady                  starting, restarting or draining
+│   ├── EngineLost                the engine died while it worked on this request
+│   ├── AdapterLoadFailed
+│   └── EngineFault               the engine failed this one request
+├── DeadlineExceeded
+├── Cancelled                     the caller left
+└── OperatorError                 the command line or the configuration is wrong
+    ├── BaseMissing
+    ├── BaseUnsupported
+    ├── DownloadFailed
+    ├── PortInUse
+    ├── InsecureBind
+    ├── HomeLocked
+    ├── ServerUnreachable
+    ├── ConfigInvalid
+    ├── RunInvalid                a training or evaluation file is wrong
+    ├── DataRefused               a data set cannot be trained or evaluated on
+    └── ExtraMissing              an optional dependency is not installed
+
+Messages are for people and say what to do; attributes are for programmes. `code` is stable and goes on the
+wire. One table maps the tree to HTTP (`serving/api/errors.py`), one to exit codes (`adapters/cli.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import ClassVar
+
+
+class LoraplaneError(Exception):
+    """Root of the tree. `param` names the request field at fault, where there is one."""
+
+    code: ClassVar[str] = "internal_error"
+    param: str | None = None
+
+    @property
+    def reason_code(self) -> str:
+        """The code that goes on the wire."""
+        return self.code
+
+
+class Refused(LoraplaneError):
+    """The caller asked for something that cannot be had; asking again changes nothing."""
+
+
+class InvalidRequest(Refused):
+    """A field of the request is wrong."""
+
+    code = "invalid_value"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class MissingParameter(InvalidRequest):
+    """A required field is absent."""
+
+    code = "missing_required_parameter"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A field of the protocol that this server knows and does not honour."""
+
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and requested tokens do not fit the context."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, limit: int, param: str = "messages") -> None:
+        super().__init__(
+            f"This model's context holds at most {limit} tokens; the prompt has {prompt_tokens} and {max_tokens} "
+            f"more were asked for. Shorten the prompt or lower max_tokens.",
+            param,
+        )
+        self.prompt_tokens, self.max_tokens, self.limit = prompt_tokens, max_tokens, limit
+
+
+class Reason(StrEnum):
+    """Why an adapter is refused. Values are stable and go on the wire."""
+
+    TOO_LARGE = "too_large"
+    MISSING_FILE = "missing_file"
+    NOT_SAFETENSORS = "not_safetensors"  # a pickle, an archive, anything else
+    LFS_POINTER = "lfs_pointer"  # a git-lfs pointer file in place of the weights
+    TRUNCATED = "truncated"
+    HEADER_SIZE = "st_header_size"
+    HEADER_JSON = "st_header_json"
+    TENSOR_SET = "st_tensor_set"
+    TENSOR_NAME = "st_name"
+    DTYPE = "st_dtype"
+    LAYOUT = "st_layout"
+    CONFIG_JSON = "config_json"
+    CONFIG_FIELD = "config_field"
+    UNSUPPORTED = "unsupported_feature"  # DoRA, bias, modules_to_save, ...
+    WRONG_BASE = "wrong_base"
+    UNKNOWN_MODULE = "unknown_module"
+    SHAPE = "shape"
+    RANK = "rank"
+    NOT_FINITE = "not_finite"
+    NUMERICS = "numerics"
+    PROMPT_FORMAT = "prompt_format"
+    NO_EFFECT = "no_effect"  # every B is zero: the base would answer under the adapter's name
+
+
+class AdapterRefused(Refused):
+    """An adapter may not enter the registry. `reason` is stable; the message says what to do."""
+
+    code = "adapter_refused"
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    @property
+    def reason_code(self) -> str:
+        return self.reason.value
+
+
+class NotFound(Refused):
+    """What was named does not exist."""
+
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No base, adapter, version or alias answers to this id."""
+
+    code = "model_not_found"
+    param = "model"
+
+    def __init__(self, model: str, nearest: Sequence[str] = ()) -> None:
+        hint = f" Did you mean {', '.join(nearest)}?" if nearest else " GET /v1/models lists what is served."
+        super().__init__(f"The model {model!r} does not exist.{hint}")
+        self.model, self.nearest = model, tuple(nearest)
+
+
+class NoChampion(ModelNotFound):
+    """The adapter exists, but no version of it is promoted."""
+
+    code = "no_champion"
+
+    def __init__(self, name: str, versions: Sequence[str] = ()) -> None:
+        NotFound.__init__(
+            self,
+            f"The adapter {name!r} has no champion. Promote one (loraplane promote {name}@N) or name a version: "
+            f"{', '.join(versions) if versions else 'none is published yet'}.",
+        )
+        self.model, self.nearest = name, tuple(versions)
+
+
+class RecordNotFound(NotFound):
+    """A blob, report, policy or alias that is not there."""
+
+
+class Conflict(Refused):
+    """The state is not what the caller believed. Retrying the same call cannot help."""
+
+    code = "conflict"
+
+
+class GenerationMismatch(Conflict):
+    """Compare-and-set failed: the alias points elsewhere than the caller expected."""
+
+    code = "generation_mismatch"
+
+    def __init__(self, name: str, alias: str, expected: int | None, actual: int | None) -> None:
+        super().__init__(
+            f"{name}@{alias} points at {_version(actual)}, not at {_version(expected)} as expected. "
+            f"Look at `loraplane history {name}` and decide again."
+        )
+        self.name, self.alias, self.expected, self.actual = name, alias, expected, actual
+
+
+def _version(number: int | None) -> str:
+    return "no version" if number is None else f"version {number}"
+
+
+class GateRefused(Conflict):
+    """The gate does not allow this promotion; `reasons` lists every rule that failed."""
+
+    code = "gate_refused"
+
+    def __init__(self, model: str, reasons: Sequence[str]) -> None:
+        super().__init__(
+            f"The gate refuses {model}: {'; '.join(reasons)}. Evaluate it (loraplane eval run {model}), "
+            f"or overrule with --force --reason TEXT, which is recorded."
+        )
+        self.model, self.reasons = model, tuple(reasons)
+
+
+class DigestMismatch(Conflict):
+    """The bytes received are not the bytes declared."""
+
+    code = "digest_mismatch"
+
+    def __init__(self, declared: str, actual: str) -> None:
+        super().__init__(f"The bytes have SHA-256 {actual}, but {declared} was declared. Send them again.")
+        self.declared, self.actual = declared, actual
+
+
+class InvalidKey(Refused):
+    """No API key, or a wrong one."""
+
+    code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("Missing or wrong API key. Send it as 'Authorization: Bearer lp_...'.")
+
+
+class HostNotAllowed(Refused):
+    """The Host header names somebody else (DNS rebinding)."""
+
+    code = "host_not_allowed"
+
+
+class PayloadTooLarge(Refused):
+    """The body, or a part of it, exceeds its limit."""
+
+    code = "too_large"
+
+
+class Overloaded(LoraplaneError):
+    """A bounded queue is full. `retry_after_s` is a hint in seconds."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(Overloaded):
+    """The engine's waiting queue is full."""
+
+    code = "queue_full"
+
+
+class AdapterCapacity(Overloaded):
+    """Every slot is leased and the queue for slots is full."""
+
+    code = "adapter_capacity"
+
+
+class Unavailable(LoraplaneError):
+    """The server is at fault. `retry_after_s` None means that retrying does not help."""
+
+    code = "unavailable"
+
+    def __init__(self, message: str, retry_after_s: float | None = 2.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotReady(Unavailable):
+    """No engine takes requests just now: it starts, restarts or drains."""
+
+    code = "not_ready"
+
+
+class EngineLost(Unavailable):
+    """The engine died while it worked on this request."""
+
+    code = "engine_lost"
+
+
+class AdapterLoadFailed(Unavailable):
+    """A published adapter could not be brought into a slot."""
+
+    code = "adapter_load_failed"
+
+
+class EngineFault(Unavailable):
+    """The engine failed this one request; its neighbours go on."""
+
+    code = "engine_fault"
+
+
+class DeadlineExceeded(LoraplaneError):
+    """The request's deadline passed before it was complete."""
+
+    code = "deadline_exceeded"
+
+
+class Cancelled(LoraplaneError):
+    """The caller left before the answer was complete."""
+
+    code = "cancelled"
+
+
+class OperatorError(LoraplaneError):
+    """The command line or the configuration is wrong; one line says how to mend it."""
+
+    code = "operator_error"
+
+
+class BaseMissing(OperatorError):
+    """The named base is not on this machine."""
+
+    code = "base_missing"
+
+
+class BaseUnsupported(OperatorError):
+    """The base exists, but no runner of ours can serve it."""
+
+    code = "base_unsupported"
+
+
+class DownloadFailed(OperatorError):
+    """A base could not be fetched."""
+
+    code = "download_failed"
+
+
+class PortInUse(OperatorError):
+    """Another process listens on the port."""
+
+    code = "port_in_use"
+
+
+class InsecureBind(OperatorError):
+    """A bind beyond loopback without keys."""
+
+    code = "insecure_bind"
+
+
+class HomeLocked(OperatorError):
+    """Another server holds this LORAPLANE_HOME."""
+
+    code = "home_locked"
+
+
+class ServerUnreachable(OperatorError):
+    """The server named by --url, or the one that holds this home, does not answer."""
+
+    code = "server_unreachable"
+
+
+class ConfigInvalid(OperatorError):
+    """A setting is wrong."""
+
+    code = "config_invalid"
+
+
+class RunInvalid(OperatorError):
+    """A training or evaluation file is wrong."""
+
+    code = "run_invalid"
+
+
+class DataRefused(OperatorError):
+    """A data set cannot be trained or evaluated on."""
+
+    code = "data_refused"
+
+
+class ExtraMissing(OperatorError):
+    """An optional dependency is not installed; the message names the extra."""
+
+    code = "extra_missing"
+
+    def __init__(self, extra: str, what: str) -> None:
+        super().__init__(f"{what} needs the extra {extra!r}: pip install 'loraplane[{extra}]'")
+        self.extra = extra

@@ -1,0 +1,184 @@
+"""What passes between a gateway and an engine: typed, self-contained, no objects of either side.
+
+A gateway sends Submit and Cancel; an engine answers with Tokens and exactly one ending (Finished or Failed) for
+each submitted sequence, and with a Heartbeat about once a second. One frame of a step carries the events of all
+sequences of one gateway (`Events`).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class State(StrEnum):
+    """A sequence's life. Only the scheduler moves it."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended well. The gateway adds `stop` for stop strings, which it alone sees."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How to choose each next token.
+
+    temperature 0 is greedy. top_k 0 and top_p 1 are off. seed: any 64-bit integer; equal seeds give equal tokens,
+    whatever shares the batch. logprobs None: none wanted; 0..20: the chosen token's, and that many alternatives.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """One sequence to generate. `id` is unique per gateway; `adapter` is a version's digest, None the base.
+
+    choice: which of the n answers of a request this is; it is part of the random key.
+    deadline_s: seconds from receipt after which the engine fails the sequence with `deadline_exceeded`.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    adapter: str | None = None
+    choice: int = 0
+    deadline_s: float = 600.0
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Stop generating sequence `id`; its row and lease are freed within two steps. No event answers it."""
+
+    id: int
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First frame on a connection: proves that the gateway may speak here."""
+
+    token: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of the chosen token and of the most likely ones, (id, logprob), most likely first."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """Where a sequence's time went, in seconds. `source`: which tier the adapter came from."""
+
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    source: str = "device"
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """New tokens of one sequence, in order. The first event of a sequence carries `timing`."""
+
+    id: int
+    ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    timing: Timing | None = None
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """The good ending. Tokens that came with it were sent before, in a Tokens event of the same frame."""
+
+    id: int
+    reason: FinishReason
+    timing: Timing
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The bad ending: `code` is a code of `adapters.errors`. Before the first token it becomes an HTTP status."""
+
+    id: int
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
+Event = Tokens | Finished | Failed
+
+
+class SlotState(msgspec.Struct, frozen=True):
+    """What lies in one device slot."""
+
+    digest: str
+    leases: int
+    rank: int
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """An engine's condition, about once a second.
+
+    idle_s: seconds since a token was decoded or an idle probe passed. Counters only grow until the engine restarts.
+    """
+
+    running: int
+    waiting: int
+    loading: int
+    rows: int
+    kv_tokens_used: int
+    kv_tokens_total: int
+    slots: tuple[SlotState, ...]
+    slots_total: int
+    host_digests: tuple[str, ...]
+    host_bytes: int
+    host_bytes_limit: int
+    idle_s: float
+    steps: int
+    tokens: int
+    loads: dict[str, int]
+    load_seconds: dict[str, float]
+    evictions: int
+    queue_limit: int
+
+
+class Events(msgspec.Struct, frozen=True, tag=True):
+    """All events of one step for one gateway: one frame, whatever the number of sequences."""
+
+    events: tuple[Event, ...]
+
+
+class EngineFacts(msgspec.Struct, frozen=True, tag=True):
+    """First frame from the engine: what it holds and where its limits are."""
+
+    base_name: str
+    base_digest: str
+    family: str
+    max_model_len: int
+    max_rows: int
+    slots: int
+    max_rank: int
+    dtype: str
+    device: str
+    stop_token_ids: tuple[int, ...]
+    replica: str = ""
+
+
+ToEngine = Hello | Submit | Cancel
+FromEngine = EngineFacts | Heartbeat | Events

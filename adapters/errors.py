@@ -25,7 +25,8 @@ LoraplaneError
 │   ├── NotReady                  starting, restarting or draining
 │   ├── EngineLost                the engine died while it worked on this request
 │   ├── AdapterLoadFailed
-│   └── EngineFault               the engine failed this one request
+│   ├── EngineFault               the engine failed this one request
+│   └── StoreFailed               the disk or the database failed, or what lies there has rotted
 ├── DeadlineExceeded
 ├── Cancelled                     the caller left
 └── OperatorError                 the command line or the configuration is wrong
@@ -302,6 +303,12 @@ class EngineFault(Unavailable):
     """The engine failed this one request; its neighbours go on."""
 
     code = "engine_fault"
+
+
+class StoreFailed(Unavailable):
+    """The registry's disk or database failed (full, broken, busy), or stored bytes no longer match their digest."""
+
+    code = "store_failed"
 
 
 class DeadlineExceeded(LoraplaneError):

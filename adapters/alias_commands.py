@@ -1,0 +1,114 @@
+"""The commands that move an alias and tell where it has been: promote, rollback, history."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from adapters.errors import InvalidRequest
+from adapters.options import HomeOption, JsonOption, ReasonOption, UrlOption, opened, version_of
+from adapters.records import Move, check_adapter_name
+from adapters.registry_door import Expected
+from adapters.screen import say, show_json, show_table, when
+from adapters.wire import move_to_json, page
+
+
+def promote(
+    model: Annotated[str, typer.Argument(metavar="NAME@N", help="The version to make champion.")],
+    force: Annotated[bool, typer.Option("--force", help="Overrule the gate; needs --reason, and is recorded.")] = False,
+    reason: ReasonOption = "",
+    expect: Annotated[
+        str, typer.Option("--expect", metavar="N|none|any", help="Move only if the champion is this version now.")
+    ] = "any",
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version the champion: requests for the bare name get it from now on.
+
+    The adapter's gate policy must pass. Running requests keep the version they began with.
+
+    Example: loraplane promote summarize@3 --reason "better on names"
+    """
+    name, number = version_of(model)
+    if force and not reason.strip():
+        raise InvalidRequest("--force needs --reason TEXT; it is kept in the history", "reason")
+    expected = _expected(expect)
+    with opened(home, url) as door:
+        _tell(door.promote(name, number, reason=reason, force=force, expected=expected), as_json)
+
+
+def rollback(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; it is kept in the history.")],
+    to: Annotated[
+        int | None, typer.Option("--to", min=1, help="The version to go back to; else the one before.")
+    ] = None,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put the previous champion back, or an earlier one. No gate stands in the way.
+
+    Example: loraplane rollback summarize --reason "cuts sentences short"
+    """
+    check_adapter_name(name)
+    with opened(home, url) as door:
+        _tell(door.rollback(name, reason=reason, to=to), as_json)
+
+
+def history(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every move of the adapter's aliases: when, who, from where to where, and why.
+
+    Example: loraplane history summarize --json
+    """
+    check_adapter_name(name)
+    with opened(home, url) as door:
+        moves = door.history(name)
+    if as_json:
+        show_json(page(map(move_to_json, moves)))
+        return
+    show_table(
+        ("WHEN", "WHO", "ALIAS", "ACTION", "FROM", "TO", "REPORT", "WHY"),
+        [
+            (
+                when(m.at),
+                m.who,
+                m.alias,
+                m.action.value,
+                "-" if m.from_number is None else str(m.from_number),
+                str(m.to_number),
+                (m.report or "-")[:12],
+                m.why or "-",
+            )
+            for m in moves
+        ],
+        empty=f"no alias of {name} has moved yet",
+    )
+
+
+def _tell(move: Move, as_json: bool) -> None:
+    if as_json:
+        show_json(move_to_json(move))
+        return
+    before = "nothing" if move.from_number is None else f"{move.name}@{move.from_number}"
+    say(
+        f"{move.name}@{move.alias} is {move.name}@{move.to_number} now, was {before} "
+        f"({move.action.value} by {move.who})"
+    )
+
+
+def _expected(text: str) -> Expected:
+    if text == "any":
+        return "any"
+    if text == "none":
+        return None
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise InvalidRequest(f"--expect takes a version number, none or any, not {text!r}", "expected_version")

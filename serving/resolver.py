@@ -1,0 +1,93 @@
+"""From the model id of a request to the very weights that will answer it, once (contract C3)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Protocol
+
+from adapters.errors import InvalidRequest, ModelNotFound
+from adapters.records import BASE_ID, AdapterVersion, BaseRecord, PromptFormat
+
+_MAX_REMEMBERED = 4096
+_MAX_SHOWN = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What answers a request: a base, and the version on top of it if there is one (contract C2)."""
+
+    model: str
+    base_digest: str
+    adapter: str | None = None
+    version: int | None = None
+    digest: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Stable name of this combination of weights, for `system_fingerprint`."""
+        return "fp_" + hashlib.sha256(f"{self.base_digest}:{self.digest or ''}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Weights, and how a prompt for them is rendered."""
+
+    weights: Weights
+    prompt_format: PromptFormat
+
+
+class Versions(Protocol):
+    """The one question that serving a request asks of a registry."""
+
+    def resolve(self, model_id: str) -> AdapterVersion: ...
+
+
+class Resolver:
+    """Resolves model ids for one served base. It keeps no aliases: a flip counts from the next request on."""
+
+    def __init__(self, versions: Versions, base: BaseRecord) -> None:
+        self._versions = versions
+        self.base = base
+        self._base_names = frozenset({BASE_ID, base.name, *base.aliases})
+        self._base_target = Target(Weights(BASE_ID, base.digest), PromptFormat())
+        self._names: OrderedDict[str, str] = OrderedDict()
+
+    def is_base(self, model: str) -> bool:
+        """Whether this id names the base."""
+        return model in self._base_names
+
+    async def resolve(self, model: str) -> Target:
+        """The weights behind a model id. Raises ModelNotFound or NoChampion.
+
+        A version made for another base does not exist here.
+        """
+        if self.is_base(model):
+            return self._base_target
+        version = await asyncio.to_thread(self.version, model)
+        self._remember(version)
+        weights = Weights(version.id, version.base_digest, version.name, version.number, version.digest)
+        return Target(weights, version.prompt_format)
+
+    def version(self, model: str) -> AdapterVersion:
+        """The adapter version behind a model id, asked of the registry (blocking). Raises as `resolve` does."""
+        try:
+            version = self._versions.resolve(model)
+        except InvalidRequest:
+            # What is no id cannot name anything either: clients look for a 404 here.
+            raise ModelNotFound(model[:_MAX_SHOWN]) from None
+        if version.base_digest != self.base.digest:
+            raise ModelNotFound(model[:_MAX_SHOWN])
+        return version
+
+    def name_of(self, digest: str) -> str:
+        """The version id last seen with this digest, or the digest's beginning: a label for metrics."""
+        return self._names.get(digest, digest[:12])
+
+    def _remember(self, version: AdapterVersion) -> None:
+        self._names[version.digest] = version.id
+        self._names.move_to_end(version.digest)
+        if len(self._names) > _MAX_REMEMBERED:
+            self._names.popitem(last=False)

@@ -1,0 +1,107 @@
+"""An HTTP edge for tests: the real app and registry, a fake engine, over ASGI or a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from adapter_factory import adapter_files, base_record
+from fakes import VOCABULARY, ByteTokenizer, FakeEngine
+from fastapi import FastAPI
+
+from adapters.home import Home
+from adapters.records import AdapterVersion, PromptFormat
+from adapters.registry import Registry
+from serving.api.app import build_app
+from serving.api.server import uvicorn_config
+from serving.config import EdgeSettings
+from serving.gateway import Gateway
+from serving.metrics import EngineView, Metrics
+from serving.resolver import Resolver
+
+URL = "http://127.0.0.1"
+
+
+@dataclass
+class Case:
+    """Everything of one edge, at hand."""
+
+    app: FastAPI
+    engine: FakeEngine
+    gateway: Gateway
+    registry: Registry
+    settings: EdgeSettings
+    metrics: Metrics
+
+    def publish(
+        self, name: str = "summarize", seed: int = 0, *, promote: bool = True, fmt: PromptFormat | None = None
+    ) -> AdapterVersion:
+        """Publish a small adapter and, by force, make it the champion."""
+        files: Any = adapter_files(seed)
+        version = self.registry.publish(name, files, prompt_format=fmt, facts={}, who="test", note="")
+        if promote:
+            self.registry.promote(name, version.number, who="test", reason="test", force=True)
+        return version
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        """A client straight into the app, which answers whole."""
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url=URL, **options)
+
+
+def make_case(folder: Path, engine: FakeEngine | None = None, **settings: Any) -> Case:
+    """An edge with one base, `tiny`, and no adapters."""
+    engine = engine or FakeEngine()
+    registry = Registry.open(Home.find(folder))
+    base = registry.add_base(base_record("tiny", vocab_size=VOCABULARY))
+    chosen = EdgeSettings(**settings)
+    resolver = Resolver(registry, base)
+    door = engine
+    view: Callable[[], EngineView] = lambda: EngineView(  # noqa: E731
+        door.facts, door.heartbeat, door.heartbeat_age_s, gateway.admission.inflight
+    )
+    metrics = Metrics(base.name, look=view, name_of=resolver.name_of, limits=chosen.figures)
+    gateway = Gateway(door, resolver, ByteTokenizer(), chosen.gateway, metrics, new_seed=lambda: 7)
+    return Case(build_app(gateway, registry, chosen, metrics), engine, gateway, registry, chosen, metrics)
+
+
+@contextmanager
+def served(case: Case) -> Iterator[str]:
+    """The case on a real socket with all limits, in a thread with a loop of its own. Yields its URL."""
+    settings = case.settings.model_copy(update={"port": 0})
+    server = uvicorn.Server(uvicorn_config(case.app, settings))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"{URL}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Poll until the condition holds. Raises TimeoutError."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the condition did not come true")
+        time.sleep(0.005)
+
+
+@asynccontextmanager
+async def soon(condition: Callable[[], bool], timeout_s: float = 5.0) -> AsyncIterator[None]:
+    """Wait in an event loop until the condition holds, then go on. Raises TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+    yield

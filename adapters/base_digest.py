@@ -14,8 +14,8 @@ adds a key, renames a default or moves a token id to another file changes nothin
 `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before). Other families: every key but
 those of `_VOLATILE`, without null, false and empty values; a release that adds a non-empty default to such a family
 does change the digest of a base saved with it.
-tokenizer: tokenizer.json without truncation and padding state, `merges` as pairs, without null, false and empty
-values. special_tokens: bos, eos and pad of tokenizer_config.json, as texts.
+tokenizer: tokenizer.json without truncation and padding state, `merges` as pairs, without a post-processor that adds
+nothing to a text, without null, false and empty values. special_tokens: bos, eos and pad of tokenizer_config.json.
 chat_template: chat_template.jinja, else the (default) template in tokenizer_config.json.
 
 Golden tests freeze digests made by this code. A change that moves one is a new format name, never a fix.
@@ -238,7 +238,16 @@ def _canonical_tokenizer(raw: Mapping[str, Any]) -> Any:
         # Older tokenizers wrote "a b", newer ones ["a", "b"].
         pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
         kept["model"] = {**model, "merges": pairs}
+    if _adds_nothing(kept.get("post_processor")):
+        kept.pop("post_processor")  # transformers 5 writes such a template where there was none
     return _without_empty(kept)
+
+
+def _adds_nothing(processor: Any) -> bool:
+    """Whether a post-processor is a template of the text alone, which is the same as none."""
+    if not isinstance(processor, dict) or processor.get("type") != "TemplateProcessing":
+        return False
+    return [set(piece) for piece in processor.get("single", [])] == [{"Sequence"}]
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:

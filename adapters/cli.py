@@ -129,7 +129,10 @@ def run(argv: list[str]) -> int:
     try:
         code = typer.main.get_command(_app()).main(args=argv, prog_name="loraplane", standalone_mode=False)
     except TyperException as error:
-        return _complain("usage", f"{error.format_message()} See: loraplane {_path(argv)}--help", USAGE_EXIT_CODE)
+        # Only usage errors know the command they arose in.
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "loraplane"
+        return _complain("usage", f"{error.format_message()} See: {path} --help", USAGE_EXIT_CODE)
     except (typer.Abort, KeyboardInterrupt):
         return _complain("interrupted", "stopped", INTERRUPT_EXIT_CODE)
     except Exception as error:  # the rim: whatever happens becomes one line and a code
@@ -182,16 +185,8 @@ def _single(function: Callable[..., Any], name: str | None) -> typer.Typer:
     return app
 
 
-def _path(argv: Sequence[str]) -> str:
-    """The command words at the front of the arguments, each with a space behind it."""
-    words = [argv[0]] if argv and argv[0] in COMMANDS else []
-    if words and COMMANDS[words[0]].group and len(argv) > 1 and not argv[1].startswith("-"):
-        words.append(argv[1])
-    return "".join(f"{w} " for w in words)
-
-
 def _complain(code: str, message: str, status: int) -> int:
-    print(f"error[{code}]: {message}", file=sys.stderr)
+    print(f"error[{code}]: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 

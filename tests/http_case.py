@@ -13,8 +13,6 @@ from typing import Any
 
 import httpx
 import uvicorn
-from adapter_factory import adapter_files, base_record
-from fakes import VOCABULARY, ByteTokenizer, FakeEngine
 from fastapi import FastAPI
 
 from adapters.home import Home
@@ -26,6 +24,8 @@ from serving.config import EdgeSettings
 from serving.gateway import Gateway
 from serving.metrics import EngineView, Metrics
 from serving.resolver import Resolver
+from tests.adapter_factory import adapter_files, base_record
+from tests.fakes import VOCABULARY, ByteTokenizer, FakeEngine
 
 URL = "http://127.0.0.1"
 

@@ -23,6 +23,8 @@ from serving.auth import Caller
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 # Who answers while the server drains: those above, and those that tell how it fares.
 WHILE_DRAINING = OPEN_PATHS | {"/metrics", "/version"}
+# Reports carry their examples.
+LARGE_BODIES = frozenset({"/v1/adapters/{name}/reports"})
 
 _BIG_JSON_BYTES = 64 << 10
 T = TypeVar("T")
@@ -32,7 +34,11 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 class StrictRequest(Request):
     """A request whose JSON body was read and checked before the endpoint sees it."""
 
+    raw: bytes = b""
     parsed: object = None
+
+    async def body(self) -> bytes:
+        return self.raw
 
     async def json(self) -> Any:
         return self.parsed
@@ -57,9 +63,9 @@ class StrictRoute(APIRoute):
                 return await endpoint(request)
             strict = StrictRequest(request.scope, request.receive)
             settings = services.settings
-            raw = await read_body(request, settings.max_json_bytes, settings.body_timeout_s)
-            strict.parsed = await _parse(raw)
-            strict._body = raw  # Starlette's own cache: the body is not read twice
+            limit = settings.max_report_bytes if self.path in LARGE_BODIES else settings.max_json_bytes
+            strict.raw = await read_body(request, limit, settings.body_timeout_s)
+            strict.parsed = await _parse(strict.raw)
             try:
                 return await endpoint(strict)
             except RequestValidationError as error:

@@ -1,0 +1,73 @@
+"""Puts an engine together from its configuration."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from serving.engine.config import EngineConfig
+from serving.engine.engine import Engine, Sink
+from serving.engine.kv import RowTable
+from serving.engine.lora import SlotTensors
+from serving.engine.model import check_family, load_decoder, pick_dtype
+from serving.engine.request import EngineFacts
+from serving.engine.runner import LlamaRunner
+from serving.engine.scheduler import Limits, Scheduler
+from serving.engine.slots import SlotTable
+from serving.loader import HostTier, read_adapter
+
+
+def build_engine(config: EngineConfig, sink: Sink) -> Engine:
+    """Load the base and make an engine that is ready to start. Takes seconds; raises BaseUnsupported."""
+    check_family(config.family)
+    device = torch.device(config.device)
+    torch.set_num_threads(config.num_threads)
+    dtype = pick_dtype(config.dtype, device)
+    decoder = load_decoder(Path(config.base_folder), dtype, device, config.max_model_len)
+    tensors = SlotTensors(decoder.sites, config.slots, dtype, device, config.max_rank)
+    runner = LlamaRunner(decoder, config.max_rows, config.max_model_len, tensors)
+    rows, slots = RowTable(config.max_rows), SlotTable(config.slots)
+    engines: list[Engine] = []
+    host = HostTier(
+        partial(read_adapter, config, dtype=dtype),
+        budget_bytes=config.host_bytes,
+        workers=config.load_workers,
+        negative_cache_s=config.negative_cache_s,
+        wake=lambda: engines[0].wake(),
+    )
+    limits = Limits(
+        max_model_len=config.max_model_len,
+        queue_limit=config.queue_limit,
+        prefill_chunk=config.prefill_chunk,
+        prefill_chunk_alone=config.prefill_chunk_alone,
+        patience_s=config.patience_s,
+    )
+    scheduler = Scheduler(limits, rows, slots, host, frozenset(decoder.stop_token_ids))
+    facts = EngineFacts(
+        base_name=config.base_name,
+        base_digest=config.base_digest,
+        family=config.family,
+        max_model_len=config.max_model_len,
+        max_rows=config.max_rows,
+        slots=config.slots,
+        max_rank=config.max_rank,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        stop_token_ids=decoder.stop_token_ids,
+        replica=config.replica,
+    )
+    engine = Engine(
+        facts,
+        runner,
+        scheduler,
+        rows,
+        slots,
+        host,
+        sink,
+        queue_limit=config.queue_limit,
+        probe_after_s=config.probe_after_s,
+    )
+    engines.append(engine)
+    return engine

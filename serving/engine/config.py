@@ -1,0 +1,51 @@
+"""What an engine is told at its start: frozen, checked once, self-contained (it travels to the replica's process)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from adapters.errors import ConfigInvalid
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine. Sizes in tokens, rows, slots and bytes; folder and blobs are absolute paths.
+
+    device: `cpu` or `cuda[:n]`. dtype: `auto`, `float32` or `bfloat16`. threads 0: one a core. max_rank bounds what
+    may be loaded; slots grow to the largest rank that is resident.
+    """
+
+    base_folder: str
+    base_name: str
+    base_digest: str
+    family: str
+    modules: Mapping[str, tuple[int, int]]
+    blobs: str
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int = 0
+    max_model_len: int = 2048
+    max_rows: int = 16
+    slots: int = 16
+    max_rank: int = 64
+    host_bytes: int = 2 << 30
+    queue_limit: int = 256
+    prefill_chunk: int = 64
+    prefill_chunk_alone: int = 512
+    load_workers: int = 2
+    probe_after_s: float = 5.0
+    negative_cache_s: float = 5.0
+    patience_s: float = 2.0
+    replica: str = field(default="")
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_rows", "slots", "max_rank", "host_bytes", "queue_limit", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigInvalid(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def num_threads(self) -> int:
+        """Threads for tensor work. Ray gives a replica one by default, so it is always set."""
+        return self.threads or len(os.sched_getaffinity(0))

@@ -1,0 +1,206 @@
+"""One engine: a thread that steps while there is work. A step: admit, plan, run, settle, emit."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+import structlog
+
+from serving.engine.kv import RowTable
+from serving.engine.request import Cancel, EngineFacts, Heartbeat, SlotState, Submit
+from serving.engine.runner import Runner
+from serving.engine.scheduler import Key, Outgoing, Sampled, Scheduler, StepPlan, StepResult
+from serving.engine.slots import Placement, SlotTable
+from serving.loader import HostTier
+
+_BEAT_S = 0.5
+_log = structlog.get_logger()
+
+Sink = Callable[[Sequence[Outgoing]], None]
+
+
+class Engine:
+    """Runs sequences on a runner. `submit` and `cancel` may be called from any thread; events go to `sink` from the
+    engine's own, in batches of one step."""
+
+    def __init__(
+        self,
+        facts: EngineFacts,
+        runner: Runner,
+        scheduler: Scheduler,
+        rows: RowTable,
+        slots: SlotTable,
+        host: HostTier,
+        sink: Sink,
+        *,
+        queue_limit: int,
+        probe_after_s: float,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.facts = facts
+        self._runner, self._scheduler, self._rows, self._slots, self._host = runner, scheduler, rows, slots, host
+        self._sink, self._now = sink, now
+        self._queue_limit, self._probe_after_s = queue_limit, probe_after_s
+        self._inbox: queue.SimpleQueue[tuple[Key, Submit | Cancel]] = queue.SimpleQueue()
+        self._work = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._alive_at = now()
+        self._steps = 0
+        self._tokens = 0
+        self._ranks: dict[str, int] = {}
+        self._beat = self._snapshot()
+
+    # -- from any thread ------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin stepping."""
+        self._thread.start()
+
+    def submit(self, key: Key, submit: Submit) -> None:
+        """Hand a sequence in; its events, one ending among them, go to the sink."""
+        self._inbox.put((key, submit))
+        self._work.set()
+
+    def cancel(self, key: Key, number: int) -> None:
+        """Forget a sequence; no event of it follows once the current step is over."""
+        self._inbox.put((key, Cancel(number)))
+        self._work.set()
+
+    def wake(self) -> None:
+        """Tell the thread that something may have changed, for instance that a load is done."""
+        self._work.set()
+
+    def stop(self) -> None:
+        """End all sequences with `not_ready` and stop the thread."""
+        self._stopping = True
+        self._work.set()
+        self._thread.join(timeout=30)
+        self._host.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread steps."""
+        return self._thread.is_alive()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since a token was computed, for a client or by the idle probe."""
+        return self._now() - self._alive_at
+
+    def heartbeat(self) -> Heartbeat:
+        """The engine's condition a moment ago; `idle_s` is of now, so a thread that hangs shows."""
+        return msgspec.structs.replace(self._beat, idle_s=self.idle_s)
+
+    # -- the engine's thread --------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> Heartbeat:
+        s = self._scheduler
+        return Heartbeat(
+            running=s.running,
+            waiting=s.waiting,
+            loading=self._host.loading,
+            rows=self._rows.rows,
+            kv_tokens_used=s.cached_tokens,
+            kv_tokens_total=self._rows.rows * self.facts.max_model_len,
+            slots=tuple(SlotState(digest, leases, self._ranks[digest]) for digest, _, leases in self._slots.resident()),
+            slots_total=self._slots.slots,
+            host_digests=self._host.digests(),
+            host_bytes=self._host.held_bytes,
+            host_bytes_limit=self._host.budget_bytes,
+            idle_s=self.idle_s,
+            steps=self._steps,
+            tokens=self._tokens,
+            loads=dict(self._host.counts.loads),
+            load_seconds=dict(self._host.counts.seconds),
+            evictions=self._slots.evictions,
+            queue_limit=self._queue_limit,
+        )
+
+    def step(self) -> bool:
+        """One step; whether anything was computed."""
+        now = self._now()
+        out = self._take_in(now)
+        out += self._scheduler.expire(now)
+        self._host.poll()
+        installs, refused = self._scheduler.admit(now)
+        out += refused
+        for digest, placement in installs:
+            out += self._install(digest, placement)
+        plan = self._scheduler.plan()
+        if plan.rows:
+            result = self._compute(plan)
+            done = self._now()
+            self._alive_at = done
+            self._steps += 1
+            self._tokens += sum(1 for s in result.sampled.values() if s.fault is None)
+            out += self._scheduler.settle(plan, result, done)
+        if out:
+            self._sink(out)
+        return bool(plan.rows)
+
+    def _take_in(self, now: float) -> list[Outgoing]:
+        out: list[Outgoing] = []
+        while True:
+            try:
+                key, message = self._inbox.get_nowait()
+            except queue.Empty:
+                return out
+            if isinstance(message, Cancel):
+                self._scheduler.cancel(key)
+            else:
+                out += [(key, event) for event in self._scheduler.submit(key, message, now)]
+
+    def _install(self, digest: str, placement: Placement) -> list[Outgoing]:
+        self._ranks.pop(placement.evicted or "", None)
+        try:
+            adapter = self._host.take(digest)
+            self._runner.install(placement.slot, adapter)
+            self._ranks[digest] = adapter.rank
+        except Exception as error:
+            _log.exception("adapter_install_failed", digest=digest, error=type(error).__name__)
+            return self._scheduler.abandon(digest, f"adapter {digest[:12]} cannot be installed: {error}")
+        return []
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        try:
+            return self._runner.run(plan)
+        except Exception:
+            # Positions are written, not appended, so a step may be computed again: alone, each row shows its own fault.
+            _log.exception("step_failed", rows=len(plan.rows))
+            return self._alone(plan)
+
+    def _alone(self, plan: StepPlan) -> StepResult:
+        sampled: dict[Key, Sampled] = {}
+        scrub = plan.scrub
+        for row in plan.rows:
+            try:
+                sampled.update(self._runner.run(StepPlan((row,), scrub)).sampled)
+                scrub = ()
+            except Exception as error:
+                _log.exception("row_failed", error=type(error).__name__)
+                sampled[row.key] = Sampled(fault="The engine could not compute this request.")
+        return StepResult(sampled)
+
+    def _run(self) -> None:
+        beat_at = self._now()
+        try:
+            while not self._stopping:
+                self._work.clear()
+                computed = self.step()
+                if not computed or self._now() - beat_at >= _BEAT_S:
+                    self._beat, beat_at = self._snapshot(), self._now()
+                if computed:
+                    continue
+                if self._scheduler.idle() and self.idle_s >= self._probe_after_s and self._runner.probe():
+                    self._alive_at = self._now()
+                # Waiting sequences have deadlines; an idle engine has its probe.
+                self._work.wait(timeout=1.0 if self._scheduler.idle() else 0.05)
+        except Exception:
+            _log.exception("engine_thread_died")
+        finally:
+            self._sink(self._scheduler.fail_all("not_ready", "The engine stops; send the request again."))

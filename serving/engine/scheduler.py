@@ -1,0 +1,388 @@
+"""Decides, step by step, which sequences run and on which rows and slots. Knows no tensors, no clock of its own.
+
+Order is first come, first served, with one exception: a sequence whose adapter is still loading, or for whose adapter
+no slot is free, waits aside while younger ones go on. To keep that fair, once such a sequence has waited
+`patience_s` for a slot, no younger sequence gets a lease until slots have drained for it; base rows go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from serving.engine.kv import RowTable
+from serving.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Sampling,
+    State,
+    Submit,
+    Timing,
+    TokenLogprob,
+    Tokens,
+)
+from serving.engine.slots import NoSlotFree, Placement, SlotTable
+
+NO_SLOT = 0
+
+
+class Key(tuple[int, int]):
+    """(gateway connection, id): what names a sequence inside an engine."""
+
+    __slots__ = ()
+
+
+Outgoing = tuple[Key, Event]
+
+
+class Load(Enum):
+    """Where an adapter's tensors are, as far as admission cares."""
+
+    READY = "ready"
+    LOADING = "loading"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """The loader's answer. failure: (code, message) when FAILED. source: the tier it came from, for the timing."""
+
+    load: Load
+    failure: tuple[str, str] = ("", "")
+    source: str = "host"
+
+
+class Loader(Protocol):
+    """The host tier as admission sees it."""
+
+    def want(self, digest: str) -> LoadState:
+        """Start loading if need be; never blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """One row's part of a step.
+
+    tokens: prompt tokens to compute at positions start, start+1, ...; empty for a decode row, whose one input is the
+    token the runner sampled last for this row (so that a device may run one step ahead of the host).
+    sample: whether the row yields a token. position: index of that token in the answer, part of the random key.
+    """
+
+    key: Key
+    row: int
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    sample: bool
+    sampling: Sampling
+    choice: int
+    position: int
+    ban: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """How many tokens this row computes."""
+        return len(self.tokens) or 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """A step, fully described. scrub: rows whose cache must be zeroed first, since a fault left rubbish there."""
+
+    rows: tuple[RowPlan, ...]
+    scrub: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A row's new token, or the reason why it has none."""
+
+    token: int = -1
+    logprob: TokenLogprob | None = None
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the runner gives back: one entry for each row that was to sample, and for each row that failed."""
+
+    sampled: Mapping[Key, Sampled]
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A submitted sequence and where it stands. Only the scheduler changes it."""
+
+    key: Key
+    submit: Submit
+    arrived_at: float
+    state: State = State.WAITING
+    row: int = -1
+    computed: int = 0
+    output: list[int] = field(default_factory=list)
+    slot_wait_since: float | None = None
+    loaded_at: float | None = None
+    admitted_at: float = 0.0
+    first_token_at: float = 0.0
+    source: str = "device"
+
+    @property
+    def adapter(self) -> str | None:
+        return self.submit.adapter
+
+    def timing(self, now: float) -> Timing:
+        """Seconds spent so far, by phase."""
+        admitted = self.admitted_at or now
+        loaded = min(self.loaded_at or self.arrived_at, admitted)
+        first = self.first_token_at or now
+        return Timing(
+            queue_s=max(0.0, admitted - loaded),
+            load_s=max(0.0, loaded - self.arrived_at),
+            prefill_s=max(0.0, first - admitted),
+            decode_s=max(0.0, now - first),
+            source=self.source,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The figures that bound a scheduler. prefill_chunk: prompt tokens a step while others decode."""
+
+    max_model_len: int
+    queue_limit: int
+    prefill_chunk: int
+    prefill_chunk_alone: int
+    patience_s: float = 2.0
+
+
+class Scheduler:
+    """Admission, plans and endings of all sequences of one engine."""
+
+    def __init__(self, limits: Limits, rows: RowTable, slots: SlotTable, loader: Loader, eos: frozenset[int]) -> None:
+        self._limits, self._rows, self._slots, self._loader, self._eos = limits, rows, slots, loader, eos
+        self._waiting: dict[Key, Sequence] = {}
+        self._running: dict[Key, Sequence] = {}
+        self._tainted: list[int] = []
+
+    @property
+    def waiting(self) -> int:
+        """Sequences not yet admitted, those with a loading adapter included."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a row."""
+        return len(self._running)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values lie in the cache."""
+        return sum(s.computed for s in self._running.values())
+
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._waiting and not self._running
+
+    def balanced(self) -> bool:
+        """The books agree: rows held = sequences running, leases = running sequences with an adapter."""
+        leased = sum(1 for s in self._running.values() if s.adapter is not None)
+        return self._rows.balanced() and self._rows.held == len(self._running) and self._slots.leases == leased
+
+    def submit(self, key: Key, submit: Submit, now: float) -> list[Event]:
+        """Take a sequence in, or refuse it at once: the one ending then is in the answer."""
+        asked = len(submit.prompt) + submit.sampling.max_tokens
+        if not submit.prompt:
+            return [Failed(submit.id, "invalid_value", "The prompt is empty.")]
+        if submit.sampling.max_tokens < 1 or asked > self._limits.max_model_len:
+            return [
+                Failed(
+                    submit.id,
+                    "context_length_exceeded",
+                    f"{len(submit.prompt)} prompt tokens and {submit.sampling.max_tokens} new ones do not fit "
+                    f"{self._limits.max_model_len}.",
+                )
+            ]
+        if len(self._waiting) >= self._limits.queue_limit:
+            return [
+                Failed(submit.id, "queue_full", f"{self._limits.queue_limit} requests wait already.", retry_after_s=1.0)
+            ]
+        if submit.adapter is not None and not self._slots.holds(submit.adapter):
+            self._loader.want(submit.adapter)  # the load starts while the sequence waits for its turn
+        self._waiting[key] = Sequence(key, submit, now)
+        return []
+
+    def cancel(self, key: Key) -> None:
+        """Forget a sequence; nobody listens for its events any more."""
+        self._waiting.pop(key, None)
+        sequence = self._running.get(key)
+        if sequence is not None:
+            self._release(sequence)
+
+    def expire(self, now: float) -> list[Outgoing]:
+        """End the sequences whose deadline has passed."""
+        events: list[Outgoing] = []
+        for sequence in [*self._waiting.values(), *self._running.values()]:
+            if now - sequence.arrived_at >= sequence.submit.deadline_s:
+                why = "The deadline passed before the answer was complete."
+                events.append((sequence.key, self._fail(sequence, "deadline_exceeded", why)))
+        return events
+
+    def admit(self, now: float) -> tuple[list[tuple[str, Placement]], list[Outgoing]]:
+        """Give rows and slots to those who can have them.
+
+        Returns the adapters to install before the next run, and endings of sequences whose adapter cannot load.
+        """
+        installs: list[tuple[str, Placement]] = []
+        events: list[Outgoing] = []
+        leases_barred = False
+        for sequence in list(self._waiting.values()):
+            digest = sequence.adapter
+            if digest is None:
+                if self._rows.free:
+                    self._start(sequence, now)
+                continue
+            if not self._slots.holds(digest):
+                state = self._loader.want(digest)
+                if state.load is Load.FAILED:
+                    events.append((sequence.key, self._fail(sequence, *state.failure)))
+                    continue
+                sequence.source = state.source
+                if state.load is Load.LOADING:
+                    continue
+            if sequence.loaded_at is None:
+                sequence.loaded_at = now
+            if leases_barred or not self._rows.free:
+                continue
+            try:
+                placement = self._slots.acquire(digest)
+            except NoSlotFree:
+                sequence.slot_wait_since = sequence.slot_wait_since or now
+                leases_barred = now - sequence.slot_wait_since >= self._limits.patience_s
+                continue
+            if placement.install:
+                installs.append((digest, placement))
+            self._start(sequence, now)
+        return installs, events
+
+    def _start(self, sequence: Sequence, now: float) -> None:
+        sequence.row = self._rows.acquire()
+        sequence.admitted_at = now
+        sequence.state = State.PREFILL
+        del self._waiting[sequence.key]
+        self._running[sequence.key] = sequence
+
+    def plan(self) -> StepPlan:
+        """The next step: a token for every decoding row, and prompt chunks within the budget."""
+        rows = [self._decode_row(s) for s in self._running.values() if s.state is State.DECODE]
+        budget = self._limits.prefill_chunk if rows else self._limits.prefill_chunk_alone
+        for sequence in self._running.values():
+            if budget <= 0:
+                break
+            if sequence.state is State.PREFILL:
+                row = self._prefill_row(sequence, budget)
+                budget -= row.length
+                rows.append(row)
+        scrub, self._tainted = tuple(self._tainted), []
+        # Decode rows first and by cache row: the runner reads the cache as one prefix.
+        return StepPlan(tuple(sorted(rows, key=lambda r: (bool(r.tokens), r.row))), scrub)
+
+    def _decode_row(self, sequence: Sequence) -> RowPlan:
+        return self._row(sequence, start=sequence.computed, tokens=(), sample=True)
+
+    def _prefill_row(self, sequence: Sequence, budget: int) -> RowPlan:
+        prompt = sequence.submit.prompt
+        end = min(len(prompt), sequence.computed + budget)
+        return self._row(sequence, sequence.computed, prompt[sequence.computed : end], sample=end == len(prompt))
+
+    def _row(self, sequence: Sequence, start: int, tokens: tuple[int, ...], sample: bool) -> RowPlan:
+        sampling = sequence.submit.sampling
+        position = len(sequence.output)
+        ban: tuple[int, ...] = ()
+        if position < sampling.min_tokens:
+            ban = (*self._eos, *sampling.stop_token_ids)
+        penalised = sample and (
+            sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
+        )
+        return RowPlan(
+            key=sequence.key,
+            row=sequence.row,
+            # Asked of the table in the very step that uses it: a remembered slot is another adapter's tomorrow.
+            slot=NO_SLOT if sequence.adapter is None else self._slots.slot_of(sequence.adapter),
+            start=start,
+            tokens=tokens,
+            sample=sample,
+            sampling=sampling,
+            choice=sequence.submit.choice,
+            position=position,
+            ban=ban,
+            prompt=sequence.submit.prompt if penalised else (),
+            output=tuple(sequence.output) if penalised else (),
+        )
+
+    def settle(self, plan: StepPlan, result: StepResult, now: float) -> list[Outgoing]:
+        """Book a step's outcome: the events of each sequence in order, its ending last."""
+        events: list[Outgoing] = []
+        for row in plan.rows:
+            sequence = self._running.get(row.key)
+            if sequence is None:  # cancelled while the step ran
+                continue
+            sampled = result.sampled.get(row.key)
+            if sampled is not None and sampled.fault is not None:
+                self._tainted.append(sequence.row)
+                events.append((row.key, self._fail(sequence, "engine_fault", sampled.fault)))
+                continue
+            sequence.computed += row.length
+            if sampled is not None:
+                events += [(row.key, event) for event in self._accept(sequence, sampled, now)]
+        return events
+
+    def _accept(self, sequence: Sequence, sampled: Sampled, now: float) -> Iterator[Event]:
+        sampling = sequence.submit.sampling
+        number = sequence.submit.id
+        if sequence.state is State.PREFILL:
+            sequence.state = State.DECODE
+            sequence.first_token_at = now
+        stop = sampled.token in sampling.stop_token_ids or (sampled.token in self._eos and not sampling.ignore_eos)
+        if stop:
+            self._release(sequence)
+            yield Finished(number, FinishReason.STOP, sequence.timing(now))
+            return
+        first = not sequence.output
+        sequence.output.append(sampled.token)
+        logprobs = () if sampled.logprob is None else (sampled.logprob,)
+        yield Tokens(number, (sampled.token,), logprobs, sequence.timing(now) if first else None)
+        if len(sequence.output) >= sampling.max_tokens:
+            self._release(sequence)
+            yield Finished(number, FinishReason.LENGTH, sequence.timing(now))
+
+    def abandon(self, digest: str, message: str) -> list[Outgoing]:
+        """An adapter could not be brought into its slot: end the sequences that lease it and empty the slot."""
+        hit = [s for s in self._running.values() if s.adapter == digest]
+        events: list[Outgoing] = [(s.key, self._fail(s, "adapter_load_failed", message)) for s in hit]
+        if self._slots.holds(digest):
+            self._slots.forget(digest)
+        return events
+
+    def fail_all(self, code: str, message: str) -> list[Outgoing]:
+        """End everything: the engine stops."""
+        return [(s.key, self._fail(s, code, message)) for s in [*self._waiting.values(), *self._running.values()]]
+
+    def _fail(self, sequence: Sequence, code: str, message: str) -> Failed:
+        self._waiting.pop(sequence.key, None)
+        if sequence.key in self._running:
+            self._release(sequence)
+        sequence.state = State.FINISHED
+        return Failed(sequence.submit.id, code, message)
+
+    def _release(self, sequence: Sequence) -> None:
+        del self._running[sequence.key]
+        self._rows.release(sequence.row)
+        if sequence.adapter is not None:
+            self._slots.release(sequence.adapter)
+        sequence.state = State.FINISHED

@@ -1,0 +1,102 @@
+"""Which adapter lies in which device slot, and who uses it. Identity is the digest, never a name.
+
+Slot 0 is "no adapter" and belongs to nobody. A lease is a counted use; a leased slot is never given to another
+adapter. Of the unleased, the least recently used goes first, and a free slot goes before any of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+class NoSlotFree(Exception):
+    """Every slot is leased; the scheduler waits for a release."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    index: int
+    digest: str | None = None
+    leases: int = 0
+    last_use: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an adapter was placed. install: its tensors are not there yet. evicted: whose were there before."""
+
+    slot: int
+    install: bool
+    evicted: str | None = None
+
+
+@dataclass(slots=True)
+class SlotTable:
+    """Slots 1..slots of one device."""
+
+    slots: int
+    evictions: int = 0
+    _slots: list[_Slot] = field(init=False)
+    _by_digest: dict[str, _Slot] = field(init=False, default_factory=dict)
+    _clock: Iterator[int] = field(init=False, default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        self._slots = [_Slot(index) for index in range(1, self.slots + 1)]
+
+    def holds(self, digest: str) -> bool:
+        """Whether the adapter lies in a slot now."""
+        return digest in self._by_digest
+
+    def acquire(self, digest: str) -> Placement:
+        """Lease the adapter's slot, placing it first if need be.
+
+        The caller has the adapter's verified tensors at hand: an eviction happens here, so nothing is evicted for a
+        newcomer that does not load. Raises NoSlotFree when every slot is leased.
+        """
+        slot = self._by_digest.get(digest)
+        if slot is not None:
+            slot.leases += 1
+            slot.last_use = next(self._clock)
+            return Placement(slot.index, install=False)
+        slot = next((s for s in self._slots if s.digest is None), None)
+        if slot is None:
+            slot = min((s for s in self._slots if s.leases == 0), key=lambda s: s.last_use, default=None)
+        if slot is None:
+            raise NoSlotFree
+        evicted = slot.digest
+        if evicted is not None:
+            del self._by_digest[evicted]
+            self.evictions += 1
+        slot.digest, slot.leases, slot.last_use = digest, 1, next(self._clock)
+        self._by_digest[digest] = slot
+        return Placement(slot.index, install=True, evicted=evicted)
+
+    def release(self, digest: str) -> None:
+        """End one use. Raises KeyError for an adapter that has no lease."""
+        slot = self._by_digest[digest]
+        if slot.leases == 0:
+            raise KeyError(digest)
+        slot.leases -= 1
+
+    def forget(self, digest: str) -> None:
+        """Empty the slot of an adapter nobody uses, for instance one whose installation failed."""
+        slot = self._by_digest[digest]
+        if slot.leases:
+            raise ValueError(f"{digest} has {slot.leases} leases")
+        del self._by_digest[digest]
+        slot.digest = None
+
+    def slot_of(self, digest: str) -> int:
+        """The slot where the adapter lies now; asked anew in every step that uses it. Raises KeyError."""
+        return self._by_digest[digest].index
+
+    def resident(self) -> list[tuple[str, int, int]]:
+        """(digest, slot, leases) of every occupied slot."""
+        return [(s.digest, s.index, s.leases) for s in self._slots if s.digest is not None]
+
+    @property
+    def leases(self) -> int:
+        """Leases over all slots; 0 when idle."""
+        return sum(s.leases for s in self._slots)

@@ -1,0 +1,277 @@
+"""The data plane: one private socket per (gateway, engine replica), a frame a step.
+
+A frame is a 4-byte little-endian length and a msgpack message of `serving/engine/request.py`. A unix socket on one
+machine; the first frame proves the gateway by a token. End of file is the sign of death for both sides, at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import itertools
+import struct
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from serving.engine.engine import Engine
+from serving.engine.request import (
+    Cancel,
+    EngineFacts,
+    Event,
+    Events,
+    Failed,
+    Finished,
+    FromEngine,
+    Heartbeat,
+    Hello,
+    Sampling,
+    Submit,
+    ToEngine,
+)
+from serving.engine.scheduler import Key, Outgoing
+
+_MAX_FRAME = 32 << 20
+# A gateway that reads nothing for so long that this piles up is cut off; its sequences are cancelled.
+_MAX_UNSENT = 16 << 20
+_HEARTBEAT_S = 0.5
+_RECONNECT_S = 0.2
+_log = structlog.get_logger()
+_encoder = msgspec.msgpack.Encoder()
+_Message = TypeVar("_Message")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a replica listens, and the token that opens it."""
+
+    path: str
+    token: str
+    replica: str
+
+
+def _pack(message: FromEngine | ToEngine) -> bytes:
+    body = _encoder.encode(message)
+    return struct.pack("<I", len(body)) + body
+
+
+async def _unpack(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[_Message]) -> _Message | None:
+    """The next message, or None when the other side is gone. Raises msgspec.DecodeError on rubbish."""
+    try:
+        (size,) = struct.unpack("<I", await reader.readexactly(4))
+        if size > _MAX_FRAME:
+            raise msgspec.DecodeError(f"a frame of {size} bytes")
+        return decoder.decode(await reader.readexactly(size))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+
+
+class LinkServer:
+    """The engine's end: runs its own event loop in a thread, so that the engine's thread only ever hands over."""
+
+    def __init__(self, path: Path, token: str) -> None:
+        self._path, self._token = path, token
+        self._engine: Engine | None = None
+        self._loop = asyncio.new_event_loop()
+        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._live: dict[int, set[int]] = {}
+        self._numbers = itertools.count(1)
+        self._thread = threading.Thread(target=self._run, name="link", daemon=True)
+        self._listening = threading.Event()
+
+    def sink(self, outgoing: Sequence[Outgoing]) -> None:
+        """Take a step's events from the engine's thread."""
+        frames: dict[int, list[Event]] = {}
+        for key, event in outgoing:
+            frames.setdefault(key[0], []).append(event)
+        packed = [
+            (number, _pack(Events(tuple(events))), [e.id for e in events if isinstance(e, Finished | Failed)])
+            for number, events in frames.items()
+        ]
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
+            self._loop.call_soon_threadsafe(self._send, packed)
+
+    def start(self, engine: Engine) -> None:
+        """Listen, for this engine; returns once gateways can connect."""
+        self._engine = engine
+        self._thread.start()
+        if not self._listening.wait(timeout=30):
+            raise TimeoutError(f"no socket at {self._path} after 30 s")
+
+    def stop(self) -> None:
+        """Close all connections and remove the socket."""
+        self._loop.call_soon_threadsafe(self._close)
+        self._thread.join(timeout=5)
+        self._path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._path.unlink(missing_ok=True)
+        # Both are kept: a server or a task that nobody refers to is collected, and its socket closed.
+        server = self._loop.run_until_complete(asyncio.start_unix_server(self._serve, str(self._path)))
+        beat = self._loop.create_task(self._beat())
+        self._path.chmod(0o600)
+        self._listening.set()
+        self._loop.run_forever()
+        server.close()
+        beat.cancel()
+        self._loop.run_until_complete(asyncio.gather(beat, return_exceptions=True))
+
+    def _close(self) -> None:
+        for writer in self._writers.values():
+            writer.transport.abort()
+        self._loop.call_soon(self._loop.stop)  # after the transports have closed their sockets
+
+    def _send(self, packed: Sequence[tuple[int, bytes, Sequence[int]]]) -> None:
+        for number, frame, ended in packed:
+            self._live.get(number, set()).difference_update(ended)
+            writer = self._writers.get(number)
+            if writer is None:
+                continue
+            writer.write(frame)
+            if writer.transport.get_write_buffer_size() > _MAX_UNSENT:
+                _log.error("gateway_stuck", connection=number)
+                writer.transport.abort()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(_HEARTBEAT_S)
+            if self._engine is not None and self._engine.alive:
+                frame = _pack(self._engine.heartbeat())
+                self._send([(number, frame, ()) for number in self._writers])
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        engine = self._engine
+        if engine is None:
+            writer.close()
+            return
+        number = next(self._numbers)
+        live = self._live[number] = set()
+        decoder = msgspec.msgpack.Decoder(ToEngine)
+        try:
+            hello = await asyncio.wait_for(_unpack(reader, decoder), timeout=5)
+            if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token, self._token):
+                return
+            self._writers[number] = writer
+            writer.write(_pack(engine.facts))
+            writer.write(_pack(engine.heartbeat()))
+            while (message := await _unpack(reader, decoder)) is not None:
+                if isinstance(message, Submit):
+                    live.add(message.id)
+                    engine.submit(Key((number, message.id)), message)
+                elif isinstance(message, Cancel):
+                    live.discard(message.id)
+                    engine.cancel(Key((number, message.id)), message.id)
+        except (msgspec.DecodeError, TimeoutError) as error:
+            _log.warning("gateway_refused", error=str(error)[:200])
+        finally:
+            self._writers.pop(number, None)
+            for identity in self._live.pop(number):
+                engine.cancel(Key((number, identity)), identity)
+            writer.close()
+
+
+Locate = Callable[[], Awaitable[Address]]
+
+
+class EngineLink:
+    """The gateway's end: `EngineDoor` over the socket. `run` keeps it connected to whatever replica lives."""
+
+    def __init__(self, locate: Locate, now: Callable[[], float] = time.monotonic) -> None:
+        self._locate, self._now = locate, now
+        self._facts: EngineFacts | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._heartbeat_at = float("-inf")
+        self._writer: asyncio.StreamWriter | None = None
+        self._queues: dict[int, asyncio.Queue[Event]] = {}
+        self._ids = itertools.count(1)
+        self.connections = 0
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """See EngineDoor."""
+        return self._facts
+
+    @property
+    def heartbeat(self) -> Heartbeat | None:
+        """See EngineDoor."""
+        return self._heartbeat
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """See EngineDoor."""
+        return self._now() - self._heartbeat_at
+
+    async def submit(
+        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None, choice: int, deadline_s: float
+    ) -> AsyncIterator[Event]:
+        """See EngineDoor."""
+        writer = self._writer
+        if writer is None:
+            yield Failed(0, "not_ready", "No engine is ready; it is starting or restarting.", retry_after_s=2.0)
+            return
+        number = next(self._ids)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        self._queues[number] = events
+        ended = False
+        try:
+            writer.write(_pack(Submit(number, tuple(prompt), sampling, adapter, choice, deadline_s)))
+            while not ended:
+                event = await events.get()
+                ended = isinstance(event, Finished | Failed)
+                yield event
+        finally:
+            del self._queues[number]
+            if not ended and self._writer is writer:
+                writer.write(_pack(Cancel(number)))
+
+    async def run(self) -> None:
+        """Connect, read until the engine is gone, fail what it was working on, and again. Ends when cancelled."""
+        while True:
+            try:
+                address = await self._locate()
+                reader, writer = await asyncio.open_unix_connection(address.path)
+            except OSError as error:
+                _log.debug("engine_not_reachable", error=str(error))
+                await asyncio.sleep(_RECONNECT_S)
+                continue
+            try:
+                await self._read(reader, writer, address)
+            except msgspec.DecodeError as error:
+                _log.error("engine_speaks_rubbish", error=str(error)[:200])
+            finally:
+                self._lose()
+                writer.close()
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: Address) -> None:
+        decoder = msgspec.msgpack.Decoder(FromEngine)
+        writer.write(_pack(Hello(address.token)))
+        while (message := await _unpack(reader, decoder)) is not None:
+            if isinstance(message, Events):
+                for event in message.events:
+                    waiting = self._queues.get(event.id)
+                    if waiting is not None:
+                        waiting.put_nowait(event)
+            elif isinstance(message, Heartbeat):
+                self._heartbeat, self._heartbeat_at = message, self._now()
+            else:
+                self._facts, self._writer = message, writer
+                self.connections += 1
+                _log.info("engine_connected", replica=address.replica, base=message.base_name)
+
+    def _lose(self) -> None:
+        """The engine is gone: each running sequence ends now, once, and by name."""
+        self._writer = self._facts = self._heartbeat = None
+        self._heartbeat_at = float("-inf")
+        for number, waiting in self._queues.items():
+            waiting.put_nowait(
+                Failed(number, "engine_lost", "The engine died while it worked on this request.", retry_after_s=2.0)
+            )

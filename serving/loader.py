@@ -1,0 +1,190 @@
+"""Brings adapters from the store into host memory: single flight per digest, off the step loop, within a byte budget.
+
+All state belongs to the engine's thread: workers only read and check, and their results are taken in by `poll`. So
+nothing here locks, a cancelled request cannot leave a load half done, and one slow read delays only its own adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapters.errors import AdapterLoadFailed, LoraplaneError
+from adapters.spec import AdapterSpec, parse_spec
+from adapters.store import BlobStore
+from adapters.weights import CanonicalWeights, TensorView, check_shapes, open_weights
+from serving.engine.config import EngineConfig
+from serving.engine.lora import HostAdapter
+from serving.engine.scheduler import Load, LoadState
+
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_adapter(config: EngineConfig, digest: str, dtype: torch.dtype) -> HostAdapter:
+    """The adapter of a digest, every byte checked against it, scaled and in the compute dtype.
+
+    Raises LoraplaneError when the store lacks it, holds other bytes, or it does not fit this base.
+    """
+    store = BlobStore(Path(config.blobs))
+    manifest = json.loads(store.read_verified(digest))
+    if manifest["base"] != config.base_digest:
+        raise AdapterLoadFailed(f"adapter {digest[:12]} belongs to another base", retry_after_s=None)
+    spec = parse_spec(store.read_verified(manifest["config"]))
+    weights = open_weights(store.verify(manifest["weights"]))
+    check_shapes(weights, config.modules, spec, config.max_rank)
+    return host_adapter(digest, weights, spec, dtype)
+
+
+def host_adapter(digest: str, weights: CanonicalWeights, spec: AdapterSpec, dtype: torch.dtype) -> HostAdapter:
+    """Checked weights as the engine installs them: a: (r, in), b: (r, out) with the scale folded in, in dtype."""
+    pairs = {}
+    for module, (a, b) in weights.tensors.items():
+        scaled = _tensor(b).float() * spec.scale_of(module)
+        pairs[module] = (_tensor(a).to(dtype, copy=True), scaled.to(dtype).T.contiguous())
+    return HostAdapter(digest, weights.rank, pairs)
+
+
+def _tensor(view: TensorView) -> Tensor:
+    raw = torch.frombuffer(view.buffer, dtype=_TORCH[view.dtype])
+    return raw.reshape(view.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    digest: str
+    adapter: HostAdapter | None
+    failure: tuple[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    code: str
+    message: str
+    until: float
+
+
+@dataclass(slots=True)
+class LoadCounts:
+    """How often, and for how long, adapters were brought from where; keys are tiers, `failed` among them."""
+
+    loads: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def count(self, source: str, seconds: float) -> None:
+        """Book one load."""
+        self.loads[source] = self.loads.get(source, 0) + 1
+        self.seconds[source] = self.seconds.get(source, 0.0) + seconds
+
+
+class HostTier:
+    """Adapters in host memory. `read` runs on worker threads; `wake` is called there when a result is ready.
+
+    budget_bytes bounds what is kept; the least recently wanted go first, and a newcomer is verified before any goes.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str], HostAdapter],
+        *,
+        budget_bytes: int,
+        workers: int,
+        negative_cache_s: float,
+        wake: Callable[[], None],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read, self._budget, self._wake, self._now = read, budget_bytes, wake, now
+        self._negative_cache_s = negative_cache_s
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="adapter-load")
+        self._results: queue.SimpleQueue[_Loaded] = queue.SimpleQueue()
+        self._held: OrderedDict[str, HostAdapter] = OrderedDict()
+        self._loading: set[str] = set()
+        self._failed: dict[str, _Failure] = {}
+        self._fresh: set[str] = set()
+        self.counts = LoadCounts()
+
+    @property
+    def loading(self) -> int:
+        """Loads under way or queued."""
+        return len(self._loading)
+
+    @property
+    def budget_bytes(self) -> int:
+        return self._budget
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all adapters on the host."""
+        return sum(a.size_bytes for a in self._held.values())
+
+    def digests(self) -> tuple[str, ...]:
+        """What is on the host, least recently wanted first."""
+        return tuple(self._held)
+
+    def want(self, digest: str) -> LoadState:
+        """Where the adapter is; starts its load if it is nowhere. Never blocks."""
+        if digest in self._held:
+            self._held.move_to_end(digest)
+            return LoadState(Load.READY, source="store" if digest in self._fresh else "host")
+        failure = self._failed.get(digest)
+        if failure is not None:
+            if self._now() < failure.until:
+                return LoadState(Load.FAILED, (failure.code, failure.message))
+            del self._failed[digest]
+        if digest not in self._loading:
+            self._loading.add(digest)
+            self._pool.submit(self._load, digest)
+        return LoadState(Load.LOADING, source="store")
+
+    def take(self, digest: str) -> HostAdapter:
+        """The tensors of an adapter that `want` called READY. Raises KeyError otherwise."""
+        self._fresh.discard(digest)
+        return self._held[digest]
+
+    def poll(self) -> None:
+        """Take in what the workers finished, then drop what the budget no longer holds."""
+        while True:
+            try:
+                done = self._results.get_nowait()
+            except queue.Empty:
+                break
+            self._loading.discard(done.digest)
+            if done.adapter is None:
+                self._failed[done.digest] = _Failure(*done.failure, until=self._now() + self._negative_cache_s)
+                self.counts.count("failed", done.seconds)
+                continue
+            self._held[done.digest] = done.adapter
+            self._fresh.add(done.digest)
+            self.counts.count("store", done.seconds)
+        self._failed = {d: f for d, f in self._failed.items() if self._now() < f.until}
+        held = self.held_bytes
+        while held > self._budget and len(self._held) > 1:
+            digest, adapter = self._held.popitem(last=False)
+            self._fresh.discard(digest)
+            held -= adapter.size_bytes
+
+    def close(self) -> None:
+        """Stop the workers; loads not begun are dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, digest: str) -> None:
+        begun = self._now()
+        adapter: HostAdapter | None = None
+        failure = ("", "")
+        try:
+            adapter = self._read(digest)
+        except LoraplaneError as error:
+            failure = (AdapterLoadFailed.code, f"adapter {digest[:12]} cannot be loaded: {error}")
+        except Exception as error:  # a worker's failure must reach whoever waits for this adapter
+            failure = (AdapterLoadFailed.code, f"adapter {digest[:12]} cannot be loaded: {type(error).__name__}")
+        self._results.put(_Loaded(digest, adapter, failure, self._now() - begun))
+        self._wake()

@@ -1,0 +1,15 @@
+"""What Ray reads from the environment, some of it at import: set before `serving.deployment` is imported."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+
+def prepare() -> None:
+    """Nothing reported, nothing repeated on the terminal, and token authentication with a token of this run."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

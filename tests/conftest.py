@@ -1,0 +1,44 @@
+"""Shared fixtures: the tiny base and adapters for it, made once a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported by any test: two threads that spin on a busy machine are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--device cuda` runs the engine's tests on a card."""
+    parser.addoption("--device", default="cpu", help="device of the engine's tests: cpu or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["LORAPLANE_TEST_DEVICE"] = str(config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny_base import save_tiny_base
+
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Six adapters of different ranks, targets, scales: [all r4, q/v r8, rsLoRA r2, patterns, r16, all r4 again]."""
+    from tests.tiny_base import save_adapter
+
+    root = tmp_path_factory.mktemp("adapters")
+    return [
+        save_adapter(tiny_base, root / "a", 1),
+        save_adapter(tiny_base, root / "b", 2, rank=8, targets=("q_proj", "v_proj")),
+        save_adapter(tiny_base, root / "c", 3, rank=2, rslora=True),
+        save_adapter(tiny_base, root / "d", 4, rank=4, rank_pattern={"down_proj": 6, "q_proj": 1}),
+        save_adapter(tiny_base, root / "e", 5, rank=16, alpha=4, targets=("gate_proj", "o_proj", "k_proj")),
+        save_adapter(tiny_base, root / "f", 6),
+    ]

@@ -1,0 +1,128 @@
+"""The engine's answers equal transformers + PEFT, that adapter alone, in float32 and greedy (architecture section 6)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from serving.engine.lora import SlotTensors
+from serving.engine.model import Decoder
+from tests.engine_case import EngineCase, load_tiny, read_peft
+from tests.tiny_base import VOCAB, Oracle
+
+SEED = 20261121
+# Measured: the largest difference of logits from the oracle on this base is 4e-6 (test below).
+LOGIT_ERROR = 1e-5
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_base: Path) -> Decoder:
+    return load_tiny(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def oracles(tiny_base: Path, tiny_adapters: list[Path]) -> dict[Path | None, Oracle]:
+    return {a: Oracle(tiny_base, a) for a in (None, *tiny_adapters)}
+
+
+def expected(oracle: Oracle, prompt: list[int], ids: list[int]) -> tuple[int, int]:
+    """(first position where ids differ from the oracle's, or -1; positions too close to call before it)."""
+    logits = oracle.logits([*prompt, *ids])
+    close = 0
+    for position, token in enumerate(ids):
+        row = logits[len(prompt) + position - 1]
+        top = row.topk(2).values
+        if float(top[0] - top[1]) <= 10 * LOGIT_ERROR:
+            close += 1
+        elif int(row.argmax()) != token:
+            return position, close
+    return -1, close
+
+
+def test_mixed_batches_answer_as_each_adapter_alone(
+    decoder: Decoder, oracles: dict[Path | None, Oracle], tiny_adapters: list[Path]
+) -> None:
+    """100 random cases: base and six adapters through four slots, with evictions, chunked prefill, joining at any step."""
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    case = EngineCase(decoder, rows=6, slots=4, chunk=7)
+    asked = []
+    for _ in range(100):
+        adapter = rng.choice([None, *tiny_adapters])
+        prompt = [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, 40))]
+        asked.append((adapter, prompt, case.submit(prompt, adapter, max_tokens=rng.randrange(1, 24), ignore_eos=True)))
+        for _ in range(rng.randrange(0, 4)):
+            case.step()
+    case.run()
+    close = total = 0
+    for adapter, prompt, key in asked:
+        ids = case.answer(key)
+        wrong, near = expected(oracles[adapter], prompt, ids)
+        assert wrong == -1, (adapter, prompt, ids, wrong)
+        close, total = close + near, total + len(ids)
+    print(f"{total} tokens, {close} too close to call, {case.slots.evictions} evictions")
+    assert close <= total / 1000
+    assert case.slots.evictions > 5
+
+
+def test_logits_of_a_mixed_batch_are_within_the_stated_error(
+    decoder: Decoder, oracles: dict[Path | None, Oracle], tiny_adapters: list[Path]
+) -> None:
+    from serving.engine.request import Sampling
+    from serving.engine.runner import LlamaRunner
+    from serving.engine.scheduler import Key, RowPlan, StepPlan
+
+    slots = SlotTensors(decoder.sites, 6, decoder.dtype, decoder.device, 64)
+    runner = LlamaRunner(decoder, 7, 64, slots)
+    for number, folder in enumerate(tiny_adapters, start=1):
+        runner.install(number, read_peft(folder))
+    prompts = [[3 + (7 * i + 5 * j) % 200 for j in range(9 + i)] for i in range(7)]
+    greedy = Sampling(max_tokens=1, temperature=0.0)
+    rows = tuple(RowPlan(Key((0, i)), i, i, 0, tuple(prompt), True, greedy, 0, 0) for i, prompt in enumerate(prompts))
+    logits = runner.logits(StepPlan(rows))
+    worst = max(
+        float((logits[i].cpu() - oracles[adapter].logits(prompts[i])[-1]).abs().max())
+        for i, adapter in enumerate([None, *tiny_adapters])
+    )
+    print(f"largest difference {worst:.2e}")
+    assert worst <= LOGIT_ERROR
+
+
+def test_the_batched_update_equals_the_loop_reference(decoder: Decoder, tiny_adapters: list[Path]) -> None:
+    """Over ranks, sites and popularity: distinct, uniform, zipf, identical, none."""
+    slots = SlotTensors(decoder.sites, 6, decoder.dtype, decoder.device, 64)
+    for number, folder in enumerate(tiny_adapters, start=1):
+        slots.install(number, read_peft(folder))
+    torch.manual_seed(SEED)
+    for tokens in ([1, 2, 3, 4, 5, 6], [0, 3, 3, 0, 5, 1, 2], [1, 1, 1, 1, 2, 1, 0], [4] * 9, [6], [0, 0]):
+        active = slots.active(tokens)
+        for site, shape in enumerate(decoder.sites):
+            x = torch.randn(len(tokens), shape.in_features)
+            fast = [torch.randn(len(tokens), w) for w in shape.widths]
+            slow = [t.clone() for t in fast]
+            if active is not None:
+                slots.add(site, active, x, fast)
+            slots.add_reference(site, tokens, x, slow)
+            for a, b in zip(fast, slow, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_slot_keeps_nothing_of_the_adapter_before(decoder: Decoder, tiny_adapters: list[Path]) -> None:
+    """Rank 16 on three modules, then rank 2 on seven, then q/v only: the tails must be zero each time."""
+    used = SlotTensors(decoder.sites, 1, decoder.dtype, decoder.device, 64)
+    for folder in (tiny_adapters[4], tiny_adapters[2], tiny_adapters[1]):
+        used.install(1, read_peft(folder))
+    fresh = SlotTensors(decoder.sites, 1, decoder.dtype, decoder.device, 64)
+    fresh.install(1, read_peft(tiny_adapters[1]))
+    x = torch.randn(3, 48)
+    for site, shape in enumerate(decoder.sites):
+        if shape.in_features == 48:
+            a = [torch.zeros(3, w) for w in shape.widths]
+            b = [torch.zeros(3, w) for w in shape.widths]
+            used.add_reference(site, [1, 1, 1], x, a)
+            fresh.add_reference(site, [1, 1, 1], x, b)
+            for left, right in zip(a, b, strict=True):
+                torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)

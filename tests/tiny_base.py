@@ -1,0 +1,98 @@
+"""A tiny random Llama and adapters for it, made on the spot: the oracle is transformers + PEFT in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+VOCAB = 211
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def tiny_config() -> LlamaConfig:
+    """Two layers, grouped heads, a head width that is not hidden / heads."""
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def save_tiny_base(folder: Path, seed: int = 0) -> Path:
+    """Save the tiny base in float32; wide random weights, so that greedy answers are not all alike."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(
+    base: Path,
+    folder: Path,
+    seed: int,
+    *,
+    rank: int = 4,
+    alpha: float = 8,
+    targets: Sequence[str] = ALL_LINEAR,
+    rslora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    scale: float = 0.2,
+) -> Path:
+    """Save a random PEFT adapter whose B is not zero, so that its answers differ from the base's."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        use_rslora=rslora,
+        rank_pattern=rank_pattern or {},
+        task_type="CAUSAL_LM",
+    )
+    peft = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, scale)
+    peft.save_pretrained(folder)
+    return folder
+
+
+class Oracle:
+    """transformers + PEFT, one adapter at a time, float32."""
+
+    def __init__(self, base: Path, adapter: Path | None) -> None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self._model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """(tokens, vocabulary) for a whole sequence at once."""
+        return self._model(input_ids=torch.tensor([list(ids)])).logits[0]
+
+    def greedy(self, prompt: Sequence[int], count: int, eos: frozenset[int] = frozenset()) -> list[int]:
+        """The next `count` tokens, the whole sequence computed anew for each: slow and obvious."""
+        ids = list(prompt)
+        for _ in range(count):
+            token = int(self.logits(ids)[-1].argmax())
+            if token in eos:
+                break
+            ids.append(token)
+        return ids[len(prompt) :]

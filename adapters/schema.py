@@ -300,6 +300,8 @@ def _one_opener(url: sa.URL) -> AbstractContextManager[object]:
     """Keeps two processes from making one new SQLite file at once; switching it to WAL would not wait its turn."""
     if url.get_backend_name() != "sqlite" or not url.database:
         return nullcontext()
+    if not Path(url.database).absolute().parent.is_dir():
+        raise StoreFailed(f"the folder of the registry's database {url.database} does not exist", retry_after_s=None)
     return FileLock(f"{url.database}.lock", timeout=BUSY_TIMEOUT_S)
 
 

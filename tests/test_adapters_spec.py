@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_factory import lora_config, modules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from adapters.errors import AdapterRefused, LoraplaneError, Reason
 from adapters.records import parse_model_id
 from adapters.spec import AdapterSpec, canonical_config, parse_spec, shortest_suffixes
 from adapters.strict_json import canonical, read_strict
+from tests.adapter_factory import lora_config, modules
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "adapter-configs"
 Q = "model.layers.0.self_attn.q_proj"

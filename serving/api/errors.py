@@ -141,13 +141,16 @@ def from_validation(
     raw: the body as parsed; fields: the schema's own; unsupported: those that are refused by name.
     """
     first = errors[0]
+    if not first["loc"] and first["type"] not in _AGREEMENTS:
+        return InvalidRequest("The body must be a JSON object.")
+    name = str(first["loc"][-1]) if first["loc"] else first["type"]
     param = _param(first["loc"], raw, absent=first["type"] == "missing")
     top = param.split(".")[0].split("[")[0] if param else None
-    refused = top in unsupported or str(first["loc"][-1]) in _NESTED_UNSUPPORTED
+    refused = top in unsupported or name in _NESTED_UNSUPPORTED
     if first["type"] == "missing":
         return MissingParameter(f"The field {param!r} is required.", param)
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), fields, n=1)
+        near = difflib.get_close_matches(name, fields, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return InvalidRequest(f"Unknown field {param!r}.{hint}", param)
     if refused:

@@ -1,6 +1,7 @@
 """The engine as a Ray Serve deployment: Ray places, restarts and checks it; tokens travel on the link.
 
-The only module of `serving` that imports ray; `serving/rayenv.py` prepares the environment first. `loraplane serve` deploys it with Serve's own HTTP proxy off.
+The only module of `serving` that imports ray; `serving/rayenv.py` prepares the environment first. `loraplane serve`
+deploys it with Serve's own HTTP proxy off.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.deployment import Deployment
 from ray.serve.handle import DeploymentHandle
 
 from serving.engine.config import EngineConfig
@@ -26,17 +28,6 @@ _HEALTH_TIMEOUT_S = 10.0
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through it
 
 
-@serve.deployment(
-    name="engine",
-    num_replicas=1,
-    max_ongoing_requests=16,
-    max_queued_requests=64,
-    health_check_period_s=_HEALTH_PERIOD_S,
-    health_check_timeout_s=_HEALTH_TIMEOUT_S,
-    graceful_shutdown_timeout_s=5.0,
-    # The machine's CPUs are the engine's by its own thread count; a logical claim would starve train jobs for ever.
-    ray_actor_options={"num_cpus": 0},
-)
 class EngineReplica:
     """One engine in a process of its own. sockets: the folder of the link's sockets, for its owner alone."""
 
@@ -72,6 +63,7 @@ class EngineCluster:
 
     def start(self) -> None:
         """Start Ray and the replica; returns when it is healthy. Raises RuntimeError when it cannot be."""
+        gpus = 1 if self._config.device.startswith("cuda") else 0
         ray.init(
             address="local",
             include_dashboard=False,
@@ -81,13 +73,12 @@ class EngineCluster:
             object_store_memory=_OBJECT_STORE_BYTES,
             # Ray counts logical CPUs: enough for its own actors whatever the machine has.
             num_cpus=8,
-            num_gpus=1 if self._config.device.startswith("cuda") else 0,
+            num_gpus=gpus,
         )
         serve.start(proxy_location=ProxyLocation.Disabled, http_options=HTTPOptions(host="127.0.0.1"))
-        replica = EngineReplica.options(
-            ray_actor_options={"num_cpus": 0, "num_gpus": 1 if self._config.device.startswith("cuda") else 0}
-        ).bind(self._config, str(self._sockets), self._token)
-        self._handle = serve.run(replica, name=APP, route_prefix=None)
+        self._handle = serve.run(
+            _deployment(gpus).bind(self._config, str(self._sockets), self._token), name=APP, route_prefix=None
+        )
 
     async def locate(self) -> Address:
         """The address of a living replica. Raises ConnectionError while there is none."""
@@ -105,3 +96,20 @@ class EngineCluster:
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
+
+
+def _deployment(gpus: int) -> Deployment:
+    """The engine's deployment: one replica, bounded queues, replaced soon after it dies."""
+    decorate = serve.deployment(
+        name="engine",
+        num_replicas=1,
+        max_ongoing_requests=16,
+        max_queued_requests=64,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=5.0,
+        # The machine's CPUs are the engine's by its own thread count; a logical claim would starve train jobs for ever.
+        ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
+    )
+    deployment: Deployment = decorate(EngineReplica)
+    return deployment

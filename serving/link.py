@@ -271,7 +271,9 @@ class EngineLink:
         """The engine is gone: each running sequence ends now, once, and by name."""
         self._writer = self._facts = self._heartbeat = None
         self._heartbeat_at = float("-inf")
+        self.fail_running("engine_lost", "The engine died while it worked on this request.")
+
+    def fail_running(self, code: str, message: str) -> None:
+        """End every running sequence with this failure, for instance because the gateway stops."""
         for number, waiting in self._queues.items():
-            waiting.put_nowait(
-                Failed(number, "engine_lost", "The engine died while it worked on this request.", retry_after_s=2.0)
-            )
+            waiting.put_nowait(Failed(number, code, message, retry_after_s=2.0))

@@ -1,4 +1,4 @@
-"""The engine's answers equal transformers + PEFT, that adapter alone, in float32 and greedy (architecture section 6)."""
+"""The engine's answers equal transformers + PEFT, that adapter alone, in float32 and greedy."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def expected(oracle: Oracle, prompt: list[int], ids: list[int]) -> tuple[int, in
 def test_mixed_batches_answer_as_each_adapter_alone(
     decoder: Decoder, oracles: dict[Path | None, Oracle], tiny_adapters: list[Path]
 ) -> None:
-    """100 random cases: base and six adapters through four slots, with evictions, chunked prefill, joining at any step."""
+    """100 random cases: base and six adapters through four slots: evictions, chunked prefill, joins at any step."""
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     case = EngineCase(decoder, rows=6, slots=4, chunk=7)

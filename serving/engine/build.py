@@ -9,9 +9,10 @@ import torch
 
 from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine, Sink
+from serving.engine.families import check_family
 from serving.engine.kv import RowTable
 from serving.engine.lora import SlotTensors
-from serving.engine.model import check_family, load_decoder, pick_dtype
+from serving.engine.model import load_decoder, pick_dtype
 from serving.engine.request import EngineFacts
 from serving.engine.runner import LlamaRunner
 from serving.engine.scheduler import Limits, Scheduler

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from adapters.errors import BaseUnsupported
+from serving.engine.families import check_family
 from serving.engine.linear import FrozenLinear
 from serving.engine.lora import Site
 
-FAMILIES = frozenset({"llama"})
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OUTPUT = ("self_attn.o_proj",)
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -115,14 +115,6 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device, max_mod
         device=device,
         stop_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
     )
-
-
-def check_family(family: str) -> None:
-    """Raises BaseUnsupported when no runner of ours computes this family."""
-    if family not in FAMILIES:
-        raise BaseUnsupported(
-            f"bases of the {family!r} family are not served yet; served: {', '.join(sorted(FAMILIES))}"
-        )
 
 
 def _fused(state: Mapping[str, Tensor], prefix: str, names: tuple[str, ...]) -> FrozenLinear:

@@ -113,7 +113,7 @@ def prepare(
         original = _stage_limited(stack, store, files[WEIGHTS_FILE], WEIGHTS_FILE, limit)
         weights = open_weights(original.path)
         base, bound_by = bind(spec, weights, bases, chosen)
-        check_weights(weights, spec, base.modules)
+        check_weights(weights, base.modules, spec)
 
         originals = {CONFIG_FILE: stack.enter_context(store.stage(config)), WEIGHTS_FILE: original}
         if FORMAT_FILE in files:
@@ -174,7 +174,7 @@ def _by_shape(spec: AdapterSpec, weights: CanonicalWeights, bases: Sequence[Base
     refusals: list[AdapterRefused] = []
     for base in bases:
         try:
-            check_shapes(weights, spec, base.modules)
+            check_shapes(weights, base.modules, spec)
             fitting.append(base)
         except AdapterRefused as refusal:
             refusals.append(refusal)

@@ -143,13 +143,13 @@ def read_pairs(data: Buffer) -> CanonicalWeights:
 
 
 def check_weights(
-    weights: CanonicalWeights, spec: AdapterSpec, modules: Mapping[str, tuple[int, int]], max_rank: int = MAX_RANK
+    weights: CanonicalWeights, modules: Mapping[str, tuple[int, int]], spec: AdapterSpec, max_rank: int = MAX_RANK
 ) -> None:
-    """Compare weights with their config and with the base's modules (path -> (out, in)), and look at every value.
+    """Compare weights with the base's modules (path -> (out, in)) and with their config, and look at every value.
 
     Raises AdapterRefused: unknown_module, shape, rank, not_finite, numerics, no_effect or unsupported_feature.
     """
-    check_shapes(weights, spec, modules, max_rank)
+    check_shapes(weights, modules, spec, max_rank)
     effect = False
     for module, (a, b) in weights.tensors.items():
         largest = {"A": a.largest, "B": b.largest}
@@ -173,7 +173,7 @@ def check_weights(
 
 
 def check_shapes(
-    weights: CanonicalWeights, spec: AdapterSpec, modules: Mapping[str, tuple[int, int]], max_rank: int = MAX_RANK
+    weights: CanonicalWeights, modules: Mapping[str, tuple[int, int]], spec: AdapterSpec, max_rank: int = MAX_RANK
 ) -> None:
     """The part of `check_weights` that reads no values: whether these tensors could belong to this base."""
     if spec.fan_in_fan_out:

@@ -37,7 +37,7 @@ SPEC = parse_spec(lora_config(4))
 def admit(data: bytes, config: bytes | None = None) -> CanonicalWeights:
     """What publishing does with weights: parse, compare, look at the values."""
     weights = read_pairs(data)
-    check_weights(weights, parse_spec(config) if config else SPEC, modules())
+    check_weights(weights, modules(), parse_spec(config) if config else SPEC)
     return weights
 
 
@@ -213,7 +213,7 @@ def test_each_fault_has_its_own_reason(fault: str) -> None:
 def test_a_rank_beyond_the_slots_is_refused() -> None:
     wide = lora_weights(rank=65, shapes=dict.fromkeys(modules(), (128, 128)))
     with pytest.raises(AdapterRefused) as caught:
-        check_weights(read_pairs(wide), parse_spec(lora_config(65)), dict.fromkeys(modules(), (128, 128)))
+        check_weights(read_pairs(wide), dict.fromkeys(modules(), (128, 128)), parse_spec(lora_config(65)))
     assert caught.value.reason is Reason.RANK
 
 

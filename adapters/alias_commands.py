@@ -7,9 +7,17 @@ from typing import Annotated
 import typer
 
 from adapters.errors import InvalidRequest
-from adapters.options import HomeOption, JsonOption, ReasonOption, UrlOption, opened, version_of
+from adapters.options import (
+    ExpectOption,
+    HomeOption,
+    JsonOption,
+    ReasonOption,
+    UrlOption,
+    expected_of,
+    opened,
+    version_of,
+)
 from adapters.records import Move, check_adapter_name
-from adapters.registry_door import Expected
 from adapters.screen import say, show_json, show_table, when
 from adapters.wire import move_to_json, page
 
@@ -18,9 +26,7 @@ def promote(
     model: Annotated[str, typer.Argument(metavar="NAME@N", help="The version to make champion.")],
     force: Annotated[bool, typer.Option("--force", help="Overrule the gate; needs --reason, and is recorded.")] = False,
     reason: ReasonOption = "",
-    expect: Annotated[
-        str, typer.Option("--expect", metavar="N|none|any", help="Move only if the champion is this version now.")
-    ] = "any",
+    expect: ExpectOption = "any",
     home: HomeOption = None,
     url: UrlOption = None,
     as_json: JsonOption = False,
@@ -34,7 +40,7 @@ def promote(
     name, number = version_of(model)
     if force and not reason.strip():
         raise InvalidRequest("--force needs --reason TEXT; it is kept in the history", "reason")
-    expected = _expected(expect)
+    expected = expected_of(expect)
     with opened(home, url) as door:
         _tell(door.promote(name, number, reason=reason, force=force, expected=expected), as_json)
 
@@ -102,13 +108,3 @@ def _tell(move: Move, as_json: bool) -> None:
         f"{move.name}@{move.alias} is {move.name}@{move.to_number} now, was {before} "
         f"({move.action.value} by {move.who})"
     )
-
-
-def _expected(text: str) -> Expected:
-    if text == "any":
-        return "any"
-    if text == "none":
-        return None
-    if text.isascii() and text.isdigit() and int(text) > 0:
-        return int(text)
-    raise InvalidRequest(f"--expect takes a version number, none or any, not {text!r}", "expected_version")

@@ -102,8 +102,10 @@ class LazyCommand(TyperCommand):
             if self.entry.extra and (error.name or "").partition(".")[0] not in _OURS:
                 raise errors.ExtraMissing(self.entry.extra, f"loraplane {self.name} ({error.name})") from error
             raise
-        app = found if isinstance(found, typer.Typer) else _single(found, self.name)
-        command = typer.main.get_command(app)
+        if not isinstance(found, typer.Typer):
+            found = _single(found, self.name)
+        # A group stays a group, also while it has a single command.
+        command: Any = typer.main.get_group(found) if self.entry.group else typer.main.get_command(found)
         command.name = self.name
         return command
 

@@ -11,12 +11,21 @@ import typer
 
 from adapters.errors import InvalidRequest, RecordNotFound
 from adapters.home import Home
-from adapters.options import HomeOption, JsonOption, UrlOption, opened, version_of
+from adapters.options import (
+    ExpectOption,
+    HomeOption,
+    JsonOption,
+    ReasonOption,
+    UrlOption,
+    expected_of,
+    opened,
+    version_of,
+)
 from adapters.records import AdapterSummary, AdapterVersion, BaseRecord, check_adapter_name
 from adapters.registry_door import RegistryDoor, read_format
 from adapters.reports import ROUGE_METRICS, GatePolicy
 from adapters.screen import note, say, show_json, show_table, size, when
-from adapters.wire import base_to_json, page, policy_to_json, summary_to_json, version_to_json
+from adapters.wire import alias_to_json, base_to_json, page, policy_to_json, summary_to_json, version_to_json
 
 models = typer.Typer(help="Fetch and list bases: the frozen models that adapters need.", add_completion=False)
 adapters = typer.Typer(help="Publish, list, show and pull adapters; set gate policies.", add_completion=False)
@@ -175,6 +184,30 @@ def adapters_pull(
         say(f"{name}@{number} is in {folder}")
 
 
+@adapters.command("alias")
+def adapters_alias(
+    model: VersionArgument,
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Such as canary; champion moves by promote only.")],
+    reason: ReasonOption = "",
+    expect: ExpectOption = "any",
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Point an alias of your own at a version; it is served as NAME@ALIAS.
+
+    Example: loraplane adapters alias summarize@3 canary
+    """
+    name, number = version_of(model)
+    expected = expected_of(expect)
+    with opened(home, url) as door:
+        record = door.set_alias(name, alias, number, reason=reason, expected=expected)
+    if as_json:
+        show_json(alias_to_json(record))
+    else:
+        say(f"{name}@{record.alias} is {name}@{record.number} now")
+
+
 @adapters.command("policy")
 def adapters_policy(
     name: NameArgument,
@@ -184,6 +217,10 @@ def adapters_policy(
     margin: Annotated[float | None, typer.Option("--margin", help="Least gain over the base (lower bound).")] = None,
     tolerance: Annotated[float | None, typer.Option("--tolerance", help="Most loss to the champion.")] = None,
     max_empty_rate: Annotated[float | None, typer.Option("--max-empty-rate", help="Most empty answers, 0..1.")] = None,
+    length_ratio: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--length-ratio", metavar="LOW HIGH", help="Words of answer per word of reference."),
+    ] = None,
     home: HomeOption = None,
     url: UrlOption = None,
     as_json: JsonOption = False,
@@ -204,6 +241,7 @@ def adapters_policy(
         "margin": margin,
         "tolerance": tolerance,
         "max_empty_rate": max_empty_rate,
+        "length_ratio": length_ratio,
     }
     changes = {k: v for k, v in given.items() if v is not None}
     with opened(home, url) as door:

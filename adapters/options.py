@@ -12,7 +12,7 @@ import typer
 from adapters.errors import InvalidRequest
 from adapters.home import Home
 from adapters.records import parse_model_id
-from adapters.registry_door import RegistryDoor, open_door
+from adapters.registry_door import Expected, RegistryDoor, open_door
 
 HomeOption = Annotated[
     Path | None,
@@ -26,6 +26,10 @@ UrlOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it is kept in the history.")]
+
+ExpectOption = Annotated[
+    str, typer.Option("--expect", metavar="N|none|any", help="Move only if the alias points at this version now.")
+]
 
 
 @contextmanager
@@ -46,3 +50,14 @@ def version_of(model: str) -> tuple[str, int]:
             f"name the version, as in {parsed.name}@1 (loraplane adapters show {parsed.name})", "model"
         )
     return parsed.name, parsed.number
+
+
+def expected_of(text: str) -> Expected:
+    """What --expect says. Raises InvalidRequest for anything but a version number, none or any."""
+    if text == "any":
+        return "any"
+    if text == "none":
+        return None
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise InvalidRequest(f"--expect takes a version number, none or any, not {text!r}", "expected_version")

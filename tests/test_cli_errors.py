@@ -78,6 +78,7 @@ def test_group_alone_shows_its_help(group: str, capsys: pytest.CaptureFixture[st
         ["adapters", "show"],
         ["adapters", "pull"],
         ["adapters", "policy"],
+        ["adapters", "alias"],
         ["promote"],
         ["rollback"],
         ["history"],

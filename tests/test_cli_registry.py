@@ -130,8 +130,8 @@ def test_policy_changes_one_rule_and_keeps_the_others(line: Line) -> None:
     assert line("adapters", "policy", "summarize")[0] == 4
     assert line("adapters", "policy", "summarize", "--min-n", "9")[0] == 2
     line("adapters", "policy", "summarize", "--data", DATA, "--min-n", "50")
-    changed = line.json("adapters", "policy", "summarize", "--metric", "rougeL")
-    assert (changed["metric"], changed["min_n"]) == ("rougeL", 50)
+    changed = line.json("adapters", "policy", "summarize", "--metric", "rougeL", "--length-ratio", "0.5", "2")
+    assert (changed["metric"], changed["min_n"], changed["length_ratio"]) == ("rougeL", 50, [0.5, 2.0])
     assert line("adapters", "policy", "summarize", "--metric", "bleu")[0] == 2
 
 
@@ -155,6 +155,16 @@ def test_promotion_that_expects_another_champion_moves_nothing(line: Line) -> No
     assert err.startswith("error[generation_mismatch]: ")
     assert line.json("adapters", "show", "summarize")["champion"] == 1
     assert line("promote", "summarize@2", "--force", "--reason", "x", "--expect", "newest")[0] == 2
+
+
+def test_alias_of_ones_own_points_where_it_is_told(line: Line) -> None:
+    line.publish()
+    line.publish(seed=1)
+    assert line.json("adapters", "alias", "summarize@2", "canary", "--expect", "none")["number"] == 2
+    assert line("adapters", "alias", "summarize@1", "canary", "--expect", "1")[0] == 5
+    assert line("adapters", "alias", "summarize@1", "champion")[0] == 5
+    _, out, _ = line("adapters", "show", "summarize")
+    assert [row.split()[1] for row in out.splitlines()[1:]] == ["canary", "-"]
 
 
 def test_pulled_folder_publishes_as_the_same_weights(line: Line) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adapters.errors import AdapterRefused, Conflict, PayloadTooLarge, Reason, StoreFailed
 from adapters.prompts import prompt_format_from_json, prompt_format_to_json
-from adapters.records import BaseRecord, BoundBy, PromptFormat
+from adapters.records import AdapterVersion, BaseRecord, BoundBy, PromptFormat
 from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, canonical_config, parse_spec
 from adapters.store import BlobStore, Source, Staged
 from adapters.strict_json import canonical, read_strict
@@ -85,10 +85,19 @@ class Prepared:
     notes: tuple[str, ...]
     staged: tuple[Staged, ...]
 
-    def commit(self) -> None:
-        """Make every blob durable. The manifest comes last, so it never names a blob that is not there."""
+    def commit(self, known: AdapterVersion | None = None) -> None:
+        """Make the blobs durable. The manifest comes last, so it never names a blob that is not there.
+
+        known: the version that has this content already; then its blobs only, which mends any that have rotted.
+        """
         for blob in self.staged:
-            blob.commit()
+            if known is None or blob.digest in self.canonical or blob.digest in known.originals.values():
+                blob.commit()
+
+    @property
+    def canonical(self) -> tuple[str, ...]:
+        """Digests of the blobs that are served."""
+        return (self.manifest.config, self.manifest.weights, self.digest)
 
 
 @contextmanager

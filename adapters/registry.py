@@ -140,9 +140,9 @@ class Registry:
         ) as prepared:
             with self._database.reads() as connection:
                 known = self._shelf.version_by_digest(connection, name, prepared.digest)
+            prepared.commit(known)
             if known is not None:
                 return known
-            prepared.commit()
             return self._add_version(name, prepared, kept_facts, who, note)
 
     def _add_version(

@@ -177,6 +177,19 @@ def test_the_same_content_is_the_same_version_whatever_dressed_it(registry: Regi
     assert len(registry.adapter("sum").versions) == 1
 
 
+def test_publishing_again_mends_a_blob_that_has_rotted(registry: Registry) -> None:
+    version = publish(registry)
+    weights = registry.store.path(registry.manifest(version.digest).weights)
+    weights.chmod(0o600)
+    weights.write_bytes(b"rotten")
+    with pytest.raises(StoreFailed, match="rotted"):
+        registry.export("sum", 1, registry.store.root / "out")
+    before = sorted(path for path in registry.store.root.rglob("*"))
+    assert publish(registry) == version
+    registry.store.verify(weights.name)
+    assert sorted(path for path in registry.store.root.rglob("*")) == before
+
+
 def test_another_prompt_format_is_another_version(registry: Registry) -> None:
     assert publish(registry).digest != publish(registry, prompt_format=PromptFormat(prefix="x")).digest
     assert [v.number for v in registry.adapter("sum").versions] == [2, 1]

@@ -52,6 +52,7 @@ def chat(**fields: Any) -> dict[str, Any]:
         {"stop": ["a", "b", "c", "d"]},
         {"stop": []},
         {"seed": 2**63 - 1},
+        {"n": 2.0, "max_tokens": 3.0, "stop_token_ids": [7.0]},
         {"seed": -(2**63)},
         {"presence_penalty": -2, "frequency_penalty": 2},
         {"logit_bias": {"5": -100, "6": 100}},

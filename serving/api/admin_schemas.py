@@ -10,14 +10,16 @@ from adapters.alias_moves import ANY, Expected
 from adapters.errors import InvalidRequest
 from adapters.reports import GatePolicy, Report
 from adapters.wire import report_from_wire
-from serving.api.schemas import Closed
+from serving.api.schemas import WHOLE, Closed
 
 # No NUL: Postgres cannot store it.
 Line = Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")]
 Short = Annotated[str, Field(max_length=256, pattern=r"^[^\x00]*$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Ratio = Annotated[float, Field(ge=0, le=1000)]
-Number = Annotated[int, Field(ge=1, le=999_999_999)]
+# Kept as they came: a report's digest is over its figures as they were written.
+Figure = int | float
+Number = Annotated[int, Field(ge=1, le=999_999_999), WHOLE]
 
 
 class PublishedFiles(Closed):
@@ -79,7 +81,7 @@ class PolicyRequest(Closed):
 
     object: Literal["adapter.policy"] | None = None
     data_digest: Digest
-    min_n: Annotated[int, Field(ge=1, le=10_000_000)]
+    min_n: Annotated[int, Field(ge=1, le=10_000_000), WHOLE]
     metric: Literal["rouge1", "rouge2", "rougeL", "rougeLsum"] = "rouge1"
     margin: Annotated[float, Field(ge=-1, le=1)] = 0.0
     tolerance: Annotated[float, Field(ge=0, le=1)] = 0.02
@@ -103,9 +105,9 @@ class SystemRequest(Closed):
     role: Literal["base", "champion", "candidate"]
     model: Short
     digest: Short
-    scores: dict[Short, float]
-    length_ratio: float
-    empty_rate: float
+    scores: dict[Short, Figure]
+    length_ratio: Figure
+    empty_rate: Figure
 
 
 class DifferenceRequest(Closed):
@@ -113,10 +115,10 @@ class DifferenceRequest(Closed):
 
     against: Literal["base", "champion", "candidate"]
     metric: Short
-    mean: float
-    low: float
-    high: float
-    n: Annotated[int, Field(ge=0, le=10_000_000)]
+    mean: Figure
+    low: Figure
+    high: Figure
+    n: Annotated[int, Field(ge=0, le=10_000_000), WHOLE]
 
 
 class ReportRequest(Closed):
@@ -133,7 +135,7 @@ class ReportRequest(Closed):
     data_digest: Digest
     code: Line
     settings: dict[str, JsonValue]
-    n: Annotated[int, Field(ge=0, le=10_000_000)]
+    n: Annotated[int, Field(ge=0, le=10_000_000), WHOLE]
     systems: Annotated[list[SystemRequest], Field(max_length=8)]
     differences: Annotated[list[DifferenceRequest], Field(max_length=64)]
     examples: Annotated[list[dict[str, JsonValue]], Field(max_length=100_000)]

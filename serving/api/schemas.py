@@ -3,19 +3,28 @@ or refused by name; none is dropped in silence."""
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+def _whole(value: object) -> object:
+    """JSON does not tell 1 from 1.0, and some clients write the latter; lists of numbers likewise."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list) and any(isinstance(item, float | list) for item in value):
+        return [_whole(item) for item in value]
+    return value
+
+
+WHOLE = BeforeValidator(_whole)
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 Nothing = Annotated[list[JsonValue], Field(max_length=0)]
 Empty = Annotated[dict[str, JsonValue], Field(max_length=0)]
-_BIAS_KEY = re.compile(r"\d{1,10}", re.ASCII)
 
 
 class Closed(BaseModel):
@@ -78,17 +87,7 @@ class ChatMessage(Closed):
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
-def _check_bias(bias: dict[str, float]) -> dict[str, float]:
-    for key in bias:
-        if _BIAS_KEY.fullmatch(key) is None:
-            raise PydanticCustomError("logit_bias_key", "Keys must be token ids in decimal digits")
-    return bias
-
-
-LogitBias = Annotated[
-    dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
-    AfterValidator(_check_bias),
-]
+LogitBias = dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -135,10 +134,10 @@ class Generation(Closed):
     )
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     stop: str | list[Text] | None = None
     seed: Seed | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -148,12 +147,12 @@ class Generation(Closed):
     stream_options: StreamOptions | None = None
     metadata: Metadata | None = None
 
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128), WHOLE] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: Literal[True] | None = None
@@ -218,9 +217,9 @@ class ChatRequest(Generation):
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
@@ -268,8 +267,8 @@ class CompletionRequest(Generation):
 
     unsupported = Generation.unsupported | {"best_of", "echo", "suffix"}
 
-    prompt: Prompt
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt: Annotated[Prompt, WHOLE]
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
 
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
@@ -312,4 +311,4 @@ class DetokenizeRequest(Closed):
     """POST /detokenize."""
 
     model: Annotated[str, Field(max_length=256)] | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], WHOLE]

@@ -130,6 +130,12 @@ def prepare(
             originals[FORMAT_FILE] = stack.enter_context(store.stage(data))
             prompt_format = prompt_format or _format_of(data)
         kept_config = canonical(canonical_config(spec, weights.ranks, sorted(base.modules), base.name))
+        if len(kept_config) > MAX_CONFIG_BYTES:
+            # Else the engine, or the next registry, would refuse what this one accepted.
+            raise AdapterRefused(
+                Reason.TOO_LARGE,
+                f"naming its modules takes more than {MAX_CONFIG_BYTES} bytes; adapt whole module kinds",
+            )
         staged_config = stack.enter_context(store.stage(kept_config))
         staged_weights = stack.enter_context(store.stage(canonical_chunks(weights)))
         manifest = Manifest(staged_config.digest, staged_weights.digest, prompt_format or PromptFormat(), base.digest)

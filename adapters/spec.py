@@ -116,12 +116,12 @@ class AdapterSpec:
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def parse_spec(data: bytes, max_bytes: int = MAX_CONFIG_BYTES) -> AdapterSpec:
+def parse_spec(data: bytes) -> AdapterSpec:
     """The spec of a foreign adapter_config.json. Raises AdapterRefused with the reason and the key at fault."""
-    if len(data) > max_bytes:
+    if len(data) > MAX_CONFIG_BYTES:
         raise AdapterRefused(
             Reason.TOO_LARGE,
-            f"adapter_config.json has {len(data)} bytes; at most {max_bytes} are read; shorten its lists",
+            f"adapter_config.json has {len(data)} bytes; at most {MAX_CONFIG_BYTES} are read; shorten its lists",
         )
     if data.startswith(LFS_MAGIC):
         raise AdapterRefused(

@@ -7,6 +7,7 @@ deploys it with Serve's own HTTP proxy off.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 from dataclasses import replace
@@ -63,6 +64,8 @@ class EngineCluster:
 
     def start(self) -> None:
         """Start Ray and the replica; returns when it is healthy. Raises RuntimeError when it cannot be."""
+        # Serve sets the level of its own logger anew at each start; a filter stays.
+        logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.ERROR)
         gpus = 1 if self._config.device.startswith("cuda") else 0
         ray.init(
             address="local",
@@ -94,8 +97,7 @@ class EngineCluster:
     def stop(self) -> None:
         """Take everything down."""
         if ray.is_initialized():
-            serve.shutdown()
-            ray.shutdown()
+            ray.shutdown()  # the cluster is ours alone and goes as a whole, Serve with it
 
 
 def _deployment(gpus: int) -> Deployment:

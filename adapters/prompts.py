@@ -126,9 +126,9 @@ class Renderer:
         continue_final: the last message is an assistant's beginning, to be continued rather than answered.
         Raises InvalidRequest when the template refuses the conversation.
         """
-        turns = _dressed(messages, fmt)
+        turns = dressed(messages, fmt)
         if fmt.style == "text" or not self.has_template:
-            return self.encode(_flat(turns, continue_final))
+            return self.encode(flat(turns, continue_final))
         from jinja2 import TemplateError
 
         try:
@@ -171,7 +171,7 @@ class Renderer:
         return found
 
 
-def _dressed(messages: Sequence[Message], fmt: PromptFormat) -> list[Message]:
+def dressed(messages: Sequence[Message], fmt: PromptFormat) -> list[Message]:
     """The conversation with the format's system text (if it has none) and its prefix and suffix on the last user turn."""
     turns = list(messages)
     if fmt.system and not any(m.role in ("system", "developer") for m in turns):
@@ -182,10 +182,10 @@ def _dressed(messages: Sequence[Message], fmt: PromptFormat) -> list[Message]:
     return turns
 
 
-def _flat(turns: Sequence[Message], continue_final: bool) -> str:
-    """A conversation as plain text: a lone user turn as it is, longer ones one turn a paragraph."""
+def flat(turns: Sequence[Message], continue_final: bool = False) -> str:
+    """A conversation as the plain text of style `text`: a lone user turn as it is, else one turn a paragraph."""
     if continue_final:
-        return _flat(turns[:-1], False) + turns[-1].content
+        return flat(turns[:-1], False) + turns[-1].content
     return "\n\n".join(m.content for m in turns)
 
 

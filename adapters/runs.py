@@ -100,7 +100,7 @@ class LoraSpec(_Strict):
     """The adapter's shape. targets: `all-linear` or names of linear modules, such as [q_proj, v_proj]."""
 
     r: int = Field(default=16, ge=1, le=512)
-    alpha: float = Field(default=32, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     rslora: bool = False

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -280,8 +279,6 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _save_dequantised(gguf: Path, into: Path) -> None:
     torch, transformers = _libraries()
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     config = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=config, trust_remote_code=False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +57,8 @@ def models_pull(
     from adapters.bases import pull
     from adapters.registry import Registry
 
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars, which fill a log with one long line
     chosen = Home.find(home)
     # Always the home's own registry: the files land on this machine, not on a server's.
     registry = Registry.open(chosen)

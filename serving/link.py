@@ -16,12 +16,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import structlog
 
-from serving.engine.engine import Engine
 from serving.engine.request import (
     Cancel,
     EngineFacts,
@@ -37,6 +36,9 @@ from serving.engine.request import (
     ToEngine,
 )
 from serving.engine.scheduler import Key, Outgoing
+
+if TYPE_CHECKING:  # the gateway's end needs no torch, and `loraplane serve --help` waits for none
+    from serving.engine.engine import Engine
 
 _MAX_FRAME = 32 << 20
 # A gateway that reads nothing for so long that this piles up is cut off; its sequences are cancelled.

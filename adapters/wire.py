@@ -7,12 +7,12 @@ Reading ignores keys it does not know, so that an older client understands a new
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -147,14 +147,14 @@ def _fields(record: Any) -> Json:
 
 
 @cache
-def _reader(kind: type[Any]) -> TypeAdapter[Any]:
+def _reader(kind: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
 def _read(kind: type[T], raw: object) -> T:
     """A record of foreign JSON. Raises InvalidRequest that names the first field that is wrong."""
     try:
-        record: T = _reader(kind).validate_python(raw)
+        record: T = _reader(cast(Hashable, kind)).validate_python(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or kind.__name__

@@ -148,7 +148,7 @@ def _fields(record: Any) -> Json:
 
 @cache
 def _reader(kind: Hashable) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    return TypeAdapter(cast(type[Any], kind))
 
 
 def _read(kind: type[T], raw: object) -> T:

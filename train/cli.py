@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapters.home import Home
-from adapters.options import HomeOption, JsonOption, UrlOption, opened
-from adapters.screen import say
+from adapters.options import HomeOption, JsonOption, UrlOption, opened, version_of
+from adapters.screen import say, show_json
 
 if TYPE_CHECKING:
     from train.job import Prepared
+
+_MAIN_METRIC = "rouge1"  # whose worst and best examples are shown
 
 eval_app = typer.Typer(help="Score a version with ROUGE against base and champion.", add_completion=False)
 
@@ -70,6 +72,77 @@ def train(
         f"{facts.get('seconds')} s; curve: {trained.folder / 'loss.png'}"
     )
     say(f"  next: loraplane eval run {trained.version.id}")
+
+
+@eval_app.callback()
+def _eval() -> None:
+    """Score a version with ROUGE against base and champion."""
+
+
+@eval_app.command("run")
+def eval_run(
+    model: Annotated[str, typer.Argument(metavar="NAME@N", help="The version.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="docstrings:summary, docstrings:name or a file; default: its run's.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="How many rows; default: as its run says.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = None,
+    set_policy: Annotated[
+        bool, typer.Option("--set-policy", help="Make these rows the adapter's gate, whatever it was.")
+    ] = False,
+    markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write the report there.")] = None,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let base, champion and version answer held-out rows, score them, store the report, ask the gate.
+
+    The answers come from a running server: the one at --url, or the one that holds this home; when there is none, one
+    is started for this job and stopped after it.
+
+    Example: loraplane eval run docstring-summary@1
+    """
+    # Imported here: `--help` must answer at once.
+    from adapters.wire import decision_to_json, report_to_json
+    from train.evaluate import Question, evaluate
+    from train.progress import reporter
+    from train.show import markdown as as_markdown
+    from train.show import show_report
+
+    name, number = version_of(model)
+    question = Question(name, number, data, n, max_tokens, set_policy)
+    done = evaluate(question, Home.find(home), url, reporter(False))
+    if markdown is not None:
+        markdown.write_text(as_markdown(done.report, done.decision, _MAIN_METRIC), encoding="utf-8")
+    if as_json:
+        show_json({"report": report_to_json(done.report), "decision": decision_to_json(done.decision)})
+        return
+    show_report(done.report, done.decision, _MAIN_METRIC)
+    say(f"report {done.digest}")
+
+
+@eval_app.command("score")
+def eval_score(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with prediction and reference.")],
+    language: Annotated[str, typer.Option("--language", help="Of the texts, such as en, de, ru.")] = "en",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Score predictions made elsewhere: JSON lines with prediction and reference (or a list, references).
+
+    Where rows also hold a baseline's answer in `baseline`, the paired difference is shown.
+
+    Example: loraplane eval score predictions.jsonl
+    """
+    # Imported here: `--help` must answer at once.
+    from train.offline import score_file
+    from train.show import show_offline
+
+    scored = score_file(file, language=language, seed=seed)
+    if as_json:
+        show_json(scored.to_json())
+    else:
+        show_offline(scored)
 
 
 def _introduce(prepared: Prepared, *, full: bool, as_json: bool) -> None:

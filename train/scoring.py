@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from adapters.errors import DataRefused
 from adapters.reports import ROUGE_METRICS, PairedDifference, Report, Role, SystemScores
@@ -118,7 +119,7 @@ def examples_of(cases: Sequence[Case], scored: Scored) -> tuple[Mapping[str, obj
     )
 
 
-def extremes(report: Report, metric: str, count: int) -> tuple[list[Mapping[str, object]], list[Mapping[str, object]]]:
+def extremes(report: Report, metric: str, count: int) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """The examples with the candidate's worst and best scores on a metric, each worst or best first; no overlap."""
     order = sorted(report.examples, key=lambda e: float(e["scores"][Role.CANDIDATE.value][metric]))
     count = min(count, len(order) // 2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
+import atexit
+import shutil
+import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +63,9 @@ class Case:
 def make_case(folder: Path, engine: FakeEngine | None = None, **settings: Any) -> Case:
     """An edge with one base, `tiny`, and no adapters."""
     engine = engine or FakeEngine()
+    shutil.copytree(_home(), folder, dirs_exist_ok=True)
     registry = Registry.open(Home.find(folder))
-    base = registry.add_base(base_record("tiny", vocab_size=VOCABULARY))
+    base = registry.base()
     chosen = EdgeSettings(**settings)
     resolver = Resolver(registry, base)
     door = engine
@@ -71,6 +75,17 @@ def make_case(folder: Path, engine: FakeEngine | None = None, **settings: Any) -
     metrics = Metrics(base.name, look=view, name_of=resolver.name_of, limits=chosen.figures)
     gateway = Gateway(door, resolver, ByteTokenizer(), chosen.gateway, metrics, new_seed=lambda: 7)
     return Case(build_app(gateway, registry, chosen, metrics), engine, gateway, registry, chosen, metrics)
+
+
+@cache
+def _home() -> str:
+    """A home with the base in it, made once a run: its tables cost more than all else of a case."""
+    folder = tempfile.mkdtemp(prefix="lp-home-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    registry = Registry.open(Home.find(folder))
+    registry.add_base(base_record("tiny", vocab_size=VOCABULARY))
+    registry.close()
+    return folder
 
 
 @contextmanager
@@ -96,12 +111,3 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError("the condition did not come true")
         time.sleep(0.005)
-
-
-@asynccontextmanager
-async def soon(condition: Callable[[], bool], timeout_s: float = 5.0) -> AsyncIterator[None]:
-    """Wait in an event loop until the condition holds, then go on. Raises TimeoutError."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.002)
-    yield

@@ -23,9 +23,16 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("home"))
+
+
 @pytest.fixture
-def case(tmp_path: Path) -> Case:
-    return make_case(tmp_path)
+def case(shared: Case) -> Case:
+    shared.engine.submissions.clear()
+    shared.engine.script = say("Hello, world")
+    return shared
 
 
 @pytest.fixture
@@ -331,14 +338,17 @@ async def test_the_tokenizer_tells_its_end_token(client: httpx.AsyncClient) -> N
     assert (await client.get("/tokenizer_info")).json()["eos_token"] == "<|end|>"
 
 
-async def test_a_crash_inside_tells_nothing_but_the_request_id(client: httpx.AsyncClient, case: Case) -> None:
+async def test_a_crash_inside_tells_nothing_but_the_request_id(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+
     def broken(*_: object) -> Any:
         raise RuntimeError("/root/secret/place.py line 7")
 
     case.engine.script = broken
-    first = await client.post(CHAT, json=chat())
-    case.gateway.renderer.chat = broken  # type: ignore[method-assign]
-    second = await client.post(CHAT, json=chat())
+    async with case.client() as client:
+        first = await client.post(CHAT, json=chat())
+        case.gateway.renderer.chat = broken  # type: ignore[method-assign]
+        second = await client.post(CHAT, json=chat())
     for answer in (first, second):
         assert answer.status_code == 500
         assert "secret" not in answer.text

@@ -32,6 +32,7 @@ class EdgeSettings(BaseSettings):
     max_json_bytes: int = Field(4 << 20, ge=1024)
     max_report_bytes: int = Field(32 << 20, ge=1024)
     max_blob_bytes: int = Field(256 << 20, ge=1024)
+    max_uploads: int = Field(4, ge=1)
     max_header_bytes: int = Field(16 << 10, ge=1024)
     max_headers: int = Field(100, ge=10)
     max_connections: int = Field(1024, ge=1)

@@ -21,12 +21,11 @@ from fastapi import FastAPI
 from adapters.home import Home
 from adapters.records import AdapterVersion, PromptFormat
 from adapters.registry import Registry
-from serving.api.app import build_app
+from serving.api.app import build_app, build_gateway
 from serving.api.server import uvicorn_config
 from serving.config import EdgeSettings
 from serving.gateway import Gateway
-from serving.metrics import EngineView, Metrics
-from serving.resolver import Resolver
+from serving.metrics import Metrics
 from tests.adapter_factory import adapter_files, base_record
 from tests.fakes import VOCABULARY, ByteTokenizer, FakeEngine
 
@@ -67,13 +66,7 @@ def make_case(folder: Path, engine: FakeEngine | None = None, **settings: Any) -
     registry = Registry.open(Home.find(folder))
     base = registry.base()
     chosen = EdgeSettings(**settings)
-    resolver = Resolver(registry, base)
-    door = engine
-    view: Callable[[], EngineView] = lambda: EngineView(  # noqa: E731
-        door.facts, door.heartbeat, door.heartbeat_age_s, gateway.admission.inflight
-    )
-    metrics = Metrics(base.name, look=view, name_of=resolver.name_of, limits=chosen.figures)
-    gateway = Gateway(door, resolver, ByteTokenizer(), chosen.gateway, metrics, new_seed=lambda: 7)
+    gateway, metrics = build_gateway(engine, registry, base, ByteTokenizer(), chosen)
     return Case(build_app(gateway, registry, chosen, metrics), engine, gateway, registry, chosen, metrics)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -15,7 +17,7 @@ from adapters.http_door import HttpDoor
 from adapters.reports import GatePolicy
 from tests.adapter_factory import adapter_files, policy, report, write_adapter
 from tests.fakes import error_body
-from tests.http_case import Case, make_case, served
+from tests.http_case import Case, make_case, served, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -135,6 +137,27 @@ async def test_a_blob_beyond_the_limit_is_refused_and_not_kept(tmp_path: Path) -
         streamed = await client.put(f"/v1/blobs/sha256:{digest}", content=pieces(), headers=headers)
     assert [declared.status_code, streamed.status_code] == [413, 413]
     assert not case.registry.store.has(digest)
+
+
+def test_slow_senders_are_bounded_and_do_not_hold_up_requests(tmp_path: Path) -> None:
+    case = make_case(tmp_path, max_uploads=1)
+    with served(case) as url:
+        parts = urlsplit(url)
+        path = f"/v1/blobs/sha256:{'0' * 64}"
+        head = f"PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
+        with socket.create_connection((parts.hostname, parts.port)) as slow:
+            slow.sendall(f"{head}Content-Length: 100\r\n\r\nx".encode())
+            statuses: list[int] = []
+
+            def refused() -> bool:
+                headers = {"content-type": "application/octet-stream"}
+                statuses.append(httpx.put(f"{url}{path}", content=b"", headers=headers).status_code)
+                return statuses[-1] == 429
+
+            wait_until(refused)
+            assert httpx.get(f"{url}/v1/models/base").status_code == 200
+        wait_until(lambda: not refused())
+    assert statuses[-1] == 409  # the digest of nothing is another
 
 
 @pytest.mark.parametrize("digest", ["0" * 63, "G" * 64, "..%2f..%2fetc%2fpasswd", "0" * 64 + "%0a"])

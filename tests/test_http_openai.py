@@ -125,6 +125,7 @@ def test_models_list_the_base_first(sdk: openai.OpenAI) -> None:
     models = list(sdk.models.list())
     assert [m.id for m in models] == ["base", "tiny", "summarize", "summarize@champion", "summarize@1"]
     assert sdk.models.retrieve("summarize@champion").id == "summarize@champion"
+    assert sdk.models.retrieve("Tests/tiny-Instruct").id == "Tests/tiny-Instruct"
     with pytest.raises(openai.NotFoundError):
         sdk.models.retrieve("nobody")
 

@@ -177,7 +177,9 @@ async def test_images_and_sounds_are_refused(client: httpx.AsyncClient, kind: st
     parts = [{"type": kind, kind: {"url": "http://x"}}]
     answer = await client.post(CHAT, json=chat(messages=[{"role": "user", "content": parts}]))
     assert answer.status_code == 400
-    assert error_body(answer)["param"].startswith("messages[0].content")
+    body = error_body(answer)
+    assert body["param"] == "messages[0].content[0].type"
+    assert "'text'" in body["message"]
 
 
 @pytest.mark.parametrize("field", ["best_of", "echo", "suffix"])

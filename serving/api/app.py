@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from adapters.errors import InvalidRequest, LoraplaneError
+from adapters.records import BaseRecord
 from adapters.registry import Registry
 from serving.api import admin, blobs, completions, models, ops
 from serving.api.condition import Condition
@@ -22,10 +23,28 @@ from serving.api.route import OPEN_PATHS, StrictRoute
 from serving.api.services import Services
 from serving.auth import KeyRing
 from serving.config import EdgeSettings
-from serving.gateway import Gateway
-from serving.metrics import Metrics
+from serving.door import EngineDoor
+from serving.gateway import BaseTokenizer, Gateway
+from serving.metrics import EngineView, Metrics
+from serving.resolver import Resolver
 
 TITLE = "Loraplane"
+
+
+def build_gateway(
+    door: EngineDoor, registry: Registry, base: BaseRecord, renderer: BaseTokenizer, settings: EdgeSettings
+) -> tuple[Gateway, Metrics]:
+    """A gateway that serves `base` through an engine door, and the metrics that watch both."""
+    resolver = Resolver(registry, base)
+
+    def look() -> EngineView:
+        return EngineView(door.facts, door.heartbeat, door.heartbeat_age_s, gateway.admission.inflight)
+
+    metrics = Metrics(
+        base.name, look=look, name_of=resolver.name_of, limits=settings.figures, max_tokens=base.max_positions
+    )
+    gateway = Gateway(door, resolver, renderer, settings.gateway, metrics)
+    return gateway, metrics
 
 
 def build_app(gateway: Gateway, registry: Registry, settings: EdgeSettings, metrics: Metrics) -> FastAPI:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Path
 from starlette.concurrency import iterate_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from adapters.errors import Cancelled
+from adapters.errors import Cancelled, QueueFull
 from adapters.store import CHUNK_BYTES
 from serving.api.documents import Blob, documented
 from serving.api.route import check_length
@@ -26,11 +29,13 @@ _BYTES: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "strin
 def mount(app: FastAPI, services: Services) -> None:
     """Add the routes."""
     store, settings = services.registry.store, services.settings
+    # Threads of their own: a few slow senders must not hold those that serve requests.
+    uploads = CapacityLimiter(settings.max_uploads)
 
     @app.put(
         "/v1/blobs/sha256:{digest}",
         response_model=Blob,
-        responses=documented(400, 408, 409, 413, 415),
+        responses=documented(400, 408, 409, 413, 415, 429),
         tags=["registry"],
         summary="Store bytes under their digest",
         openapi_extra={"requestBody": {"required": True, "content": _BYTES}},
@@ -40,8 +45,11 @@ def mount(app: FastAPI, services: Services) -> None:
         if kind != "application/octet-stream" or request.headers.get("content-encoding", "identity") != "identity":
             raise HTTPException(415)
         check_length(request, settings.max_blob_bytes)
+        if uploads.available_tokens < 1:
+            raise QueueFull(f"{settings.max_uploads} blobs are being sent already; try again in a moment.", 2.0)
         body = _Body(request.stream(), settings.blob_timeout_s)
-        await asyncio.to_thread(store.put, body, declared=digest, max_bytes=settings.max_blob_bytes)
+        put = partial(store.put, body, declared=digest, max_bytes=settings.max_blob_bytes)
+        await to_thread.run_sync(put, limiter=uploads)
         return JSONResponse({"object": "blob", "id": f"sha256:{digest}", "digest": digest})
 
     @app.get(
@@ -59,7 +67,8 @@ def mount(app: FastAPI, services: Services) -> None:
                 async for chunk in iterate_in_threadpool(iter(lambda: stream.read(CHUNK_BYTES), b"")):
                     yield chunk
 
-        return StreamingResponse(chunks(), media_type="application/octet-stream")
+        length = {"content-length": str(os.fstat(stream.fileno()).st_size)}
+        return StreamingResponse(chunks(), headers=length, media_type="application/octet-stream")
 
 
 class _Body:

@@ -140,7 +140,7 @@ def from_validation(
 
     raw: the body as parsed; fields: the schema's own; unsupported: those that are refused by name.
     """
-    first = errors[0]
+    first = _deepest(errors, raw)
     if not first["loc"] and first["type"] not in _AGREEMENTS:
         return InvalidRequest("The body must be a JSON object.")
     name = str(first["loc"][-1]) if first["loc"] else first["type"]
@@ -173,6 +173,16 @@ _AGREEMENTS = frozenset(
     }
 )
 _NESTED_UNSUPPORTED = frozenset({"tool_calls", "function_call", "audio", "refusal", "include_obfuscation"})
+
+
+def _deepest(errors: Sequence[Mapping[str, Any]], raw: object) -> Mapping[str, Any]:
+    """The first error, or of a field that may have several forms the one that got furthest."""
+
+    def depth(error: Mapping[str, Any]) -> int:
+        path = _param(error["loc"], raw, absent=error["type"] == "missing") or ""
+        return path.count(".") + path.count("[")
+
+    return max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=depth)
 
 
 def _param(location: Sequence[int | str], raw: object, absent: bool) -> str | None:

@@ -35,7 +35,7 @@ def mount(app: FastAPI, services: Services) -> None:
         return JSONResponse({"object": "list", "data": found})
 
     @app.get(
-        "/v1/models/{model}",
+        "/v1/models/{model:path}",
         response_model=Model,
         responses=documented(400, 404),
         tags=["openai"],

@@ -1,4 +1,4 @@
-"""Who may speak: API keys, compared as digests in constant time, and which binds are allowed without any."""
+"""Who may speak: API keys, compared as digests in constant time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from adapters.errors import InsecureBind, InvalidKey
-from serving.config import KEY_PREFIX, EdgeSettings
+from adapters.errors import InvalidKey
+from serving.config import KEY_PREFIX
 
 _MAX_HEADER_CHARS = 512
 
@@ -50,12 +50,3 @@ class KeyRing:
 def new_key() -> str:
     """A fresh API key with 256 random bits."""
     return KEY_PREFIX + secrets.token_urlsafe(32)
-
-
-def refuse_open_bind(settings: EdgeSettings) -> None:
-    """Raises InsecureBind when others could reach a server that has no keys."""
-    if not settings.keys and not settings.loopback:
-        raise InsecureBind(
-            f"{settings.host} can be reached by others and no API key is set: set LORAPLANE_API_KEYS to one or more "
-            f"keys that begin with {KEY_PREFIX!r}, or bind 127.0.0.1."
-        )

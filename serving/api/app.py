@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -32,16 +33,28 @@ TITLE = "Loraplane"
 
 
 def build_gateway(
-    door: EngineDoor, registry: Registry, base: BaseRecord, renderer: BaseTokenizer, settings: EdgeSettings
+    door: EngineDoor,
+    registry: Registry,
+    base: BaseRecord,
+    renderer: BaseTokenizer,
+    settings: EdgeSettings,
+    engine_limits: Mapping[str, float] | None = None,
 ) -> tuple[Gateway, Metrics]:
-    """A gateway that serves `base` through an engine door, and the metrics that watch both."""
+    """A gateway that serves `base` through an engine door, and the metrics that watch both.
+
+    engine_limits: configured figures of the engine, shown beside the settings' own.
+    """
     resolver = Resolver(registry, base)
 
     def look() -> EngineView:
         return EngineView(door.facts, door.heartbeat, door.heartbeat_age_s, gateway.admission.inflight)
 
     metrics = Metrics(
-        base.name, look=look, name_of=resolver.name_of, limits=settings.figures, max_tokens=base.max_positions
+        base.name,
+        look=look,
+        name_of=resolver.name_of,
+        limits={**settings.figures, **(engine_limits or {})},
+        max_tokens=base.max_positions,
     )
     gateway = Gateway(door, resolver, renderer, settings.gateway, metrics)
     return gateway, metrics

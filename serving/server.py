@@ -183,7 +183,7 @@ class _Uvicorn(uvicorn.Server):
         self._on_signal(sig)
 
 
-def serve(parts: Parts, listener: socket.socket) -> int:
+def run_server(parts: Parts, listener: socket.socket) -> int:
     """Hold the home, serve, let go. Returns the exit code. Raises HomeLocked."""
     url = url_of(listener, parts.settings.host)
     lock = parts.home.hold(ServerNote(url=url, pid=os.getpid()))

@@ -1,0 +1,146 @@
+"""From options to a running server. torch and ray load only once the options are known good."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from adapters.bases import open_base, pull
+from adapters.errors import BaseMissing
+from adapters.home import Home
+from adapters.records import BASE_ID, BaseRecord
+from adapters.registry import Registry
+from serving.config import EdgeSettings, load_settings
+from serving.engine.config import EngineConfig
+from serving.engine.families import check_family
+from serving.server import Parts, bind, run_server, socket_folder
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What `loraplane serve` was told; see its --help."""
+
+    base: str
+    host: str | None
+    port: int | None
+    drain_s: int | None
+    home: Path | None
+    device: str
+    dtype: str
+    threads: int
+    max_model_len: int
+    max_rows: int
+    slots: int
+    max_rank: int
+    host_bytes: int
+    queue_limit: int
+
+
+def start(options: ServeOptions) -> int:
+    """Serve until told to stop; the exit code. Raises OperatorError for what the operator can mend."""
+    _log_plainly()
+    settings = load_settings(host=options.host, port=options.port, drain_s=options.drain_s)
+    home = Home.find(options.home)
+    listener = bind(settings)
+    registry = Registry.open(home)
+    try:
+        record, folder = _base(options.base, home, registry)
+        check_family(record.family)
+        with socket_folder() as sockets:
+            parts = _parts(home, registry, record, folder, settings, _engine(options, home, record, folder), sockets)
+            return run_server(parts, listener)
+    finally:
+        registry.close()
+        listener.close()
+
+
+def _engine(options: ServeOptions, home: Home, record: BaseRecord, folder: Path) -> EngineConfig:
+    return EngineConfig(
+        base_folder=str(folder),
+        base_name=record.name,
+        base_digest=record.digest,
+        family=record.family,
+        modules=dict(record.modules),
+        blobs=str(home.blobs),
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+        max_model_len=min(options.max_model_len, record.max_positions),
+        max_rows=options.max_rows,
+        slots=options.slots,
+        max_rank=options.max_rank,
+        host_bytes=options.host_bytes,
+        queue_limit=options.queue_limit,
+    )
+
+
+def _base(which: str, home: Home, registry: Registry) -> tuple[BaseRecord, Path]:
+    """The base's row and folder; a folder given in place of a name is pulled first. Raises BaseMissing."""
+    if "/" in which or Path(which).is_dir():
+        record = pull(which, home, registry, _say)
+    elif which == BASE_ID and not registry.bases():
+        raise BaseMissing("no base is on this machine yet; run: loraplane models pull smollm2-135m")
+    else:
+        record = registry.base(which)
+    return record, open_base(home, record)
+
+
+def _parts(
+    home: Home,
+    registry: Registry,
+    record: BaseRecord,
+    folder: Path,
+    settings: EdgeSettings,
+    config: EngineConfig,
+    sockets: Path,
+) -> Parts:
+    from serving.rayenv import prepare
+
+    prepare()  # before ray is imported: it reads the environment then
+    from serving.deployment import EngineCluster
+
+    limits = {
+        "engine_rows": config.max_rows,
+        "engine_slots": config.slots,
+        "engine_queue": config.queue_limit,
+        "engine_context_tokens": config.max_model_len,
+        "engine_host_bytes": config.host_bytes,
+        "engine_rank": config.max_rank,
+    }
+    return Parts(
+        home=home,
+        registry=registry,
+        base=record,
+        base_folder=folder,
+        settings=settings,
+        cluster=EngineCluster(config, sockets),
+        engine_limits={name: float(value) for name, value in limits.items()},
+        say=_say,
+    )
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"loraplane: {line}\n")
+    sys.stderr.flush()
+
+
+def _log_plainly() -> None:
+    """Our own log to stderr, JSON when nobody watches; what libraries chat about stays out of it."""
+    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)

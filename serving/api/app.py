@@ -49,13 +49,9 @@ def build_gateway(
     def look() -> EngineView:
         return EngineView(door.facts, door.heartbeat, door.heartbeat_age_s, gateway.admission.inflight)
 
-    metrics = Metrics(
-        base.name,
-        look=look,
-        name_of=resolver.name_of,
-        limits={**settings.figures, **(engine_limits or {})},
-        max_tokens=base.max_positions,
-    )
+    limits = {**settings.figures, **(engine_limits or {})}
+    longest = base.max_positions
+    metrics = Metrics(base.name, look=look, name_of=resolver.name_of, limits=limits, max_tokens=longest)
     gateway = Gateway(door, resolver, renderer, settings.gateway, metrics)
     return gateway, metrics
 

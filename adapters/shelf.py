@@ -117,7 +117,7 @@ class Shelf:
         """Nothing answers to the name: say which names are near."""
         table = schema.adapters
         names = list(connection.scalars(sa.select(table.c.name).where(table.c.tenant == self._tenant)))
-        names += [base.name for base in self.bases(connection)]
+        names += [BASE_ID, *(base.name for base in self.bases(connection))]
         return ModelNotFound(asked, difflib.get_close_matches(name, names, n=_NEAREST, cutoff=0.5))
 
 

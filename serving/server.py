@@ -27,13 +27,10 @@ from adapters.home import Home, ServerNote
 from adapters.prompts import Renderer
 from adapters.records import BaseRecord
 from adapters.registry import Registry
-from serving.api.app import build_app
+from serving.api.app import build_app, build_gateway
 from serving.api.server import uvicorn_config
 from serving.config import EdgeSettings
-from serving.gateway import Gateway
 from serving.link import Address, EngineLink
-from serving.metrics import EngineView, Metrics
-from serving.resolver import Resolver
 
 # What is left of the drain time for streams to hear that they were cut.
 _LAST_WORDS_S = 1.0
@@ -101,20 +98,10 @@ class Server:
     def __init__(self, parts: Parts, listener: socket.socket) -> None:
         self._parts, self._listener = parts, listener
         self._link = EngineLink(parts.cluster.locate)
-        resolver = Resolver(parts.registry, parts.base)
-        gateways: list[Gateway] = []
-        self._metrics = Metrics(
-            parts.base.name,
-            look=lambda: EngineView(
-                self._link.facts, self._link.heartbeat, self._link.heartbeat_age_s, gateways[0].admission.inflight
-            ),
-            name_of=resolver.name_of,
-            limits={**parts.settings.figures, **parts.engine_limits},
+        self._gateway, metrics = build_gateway(
+            self._link, parts.registry, parts.base, Renderer(parts.base_folder), parts.settings, parts.engine_limits
         )
-        renderer = Renderer(parts.base_folder)
-        self._gateway = Gateway(self._link, resolver, renderer, parts.settings.gateway, self._metrics)
-        gateways.append(self._gateway)
-        app = build_app(self._gateway, parts.registry, parts.settings, self._metrics)
+        app = build_app(self._gateway, parts.registry, parts.settings, metrics)
         self._http = _Uvicorn(uvicorn_config(app, parts.settings), self._on_signal)
         self._stopping = asyncio.Event()
         self._failed = False

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,12 +152,15 @@ def fit(
     """
     done = 0 if resume_from is None else checkpoints.step_of(resume_from)
     total = len(plan.batches)
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(run, place, total),
-        train_dataset=Steps(plan, examples, pad_id),
-        data_collator=_only,
-    )
+    with warnings.catch_warnings():
+        # What the libraries tell each other about names that will go is no news for who trains an adapter.
+        warnings.simplefilter("ignore", FutureWarning)
+        trainer = _Trainer(
+            model=model,
+            args=_arguments(run, place, total),
+            train_dataset=Steps(plan, examples, pad_id),
+            data_collator=_only,
+        )
     trainer.place, trainer.bf16, trainer.keep = place, bf16, run.checkpoint.keep
     trainer.remove_callback(PrinterCallback)
     with _stop_signals() as stop, _Log(place.metrics, done) as log:
@@ -225,6 +229,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is read without t
         shutil.rmtree(self.place.states / f"checkpoint-{step}", ignore_errors=True)
         super()._save_checkpoint(model, trial)
         checkpoints.seal(self.place.states / f"checkpoint-{step}", self.place.digest)
+        if step >= self.state.max_steps:
+            return  # the finished adapter is no earlier step
         place = self.place
         checkpoints.export(self.model, place.step(step), base_name=place.base_name, fmt=place.prompt_format)
         kept = sorted(p for p in place.step(step).parent.iterdir() if p.name.startswith("step-"))

@@ -63,8 +63,10 @@ def load_with_lora(folder: Path, lora: LoraSpec, *, bf16: bool, max_length: int,
         import peft
         from peft.tuners.tuners_utils import BaseTunerLayer
         from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise ExtraMissing("train", "training") from error
+    disable_progress_bar()  # a bar of ours tells what happens
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.errors import HostNotAllowed, LoraplaneError
 from serving.api.errors import http_response, response
+from serving.api.route import OPEN_PATHS
 from serving.config import EdgeSettings, is_loopback
 from serving.metrics import Metrics
 
@@ -102,7 +103,9 @@ class Edge:
             finally:
                 seconds = time.monotonic() - started
                 self._metrics.answered(_route(scope), scope["method"], status, seconds)
-                level = log.debug if status < 400 or status == 499 else log.info
+                # A probe that is told "not yet" is no event: /ready says so twice a second while an engine starts.
+                probe = _route(scope) in OPEN_PATHS
+                level = log.debug if status < 400 or status == 499 or probe else log.info
                 level("request", method=scope["method"], route=_route(scope), status=status, seconds=round(seconds, 4))
 
 

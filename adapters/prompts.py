@@ -172,7 +172,7 @@ class Renderer:
 
 
 def dressed(messages: Sequence[Message], fmt: PromptFormat) -> list[Message]:
-    """The conversation with the format's system text (if it has none) and its prefix and suffix on the last user turn."""
+    """The conversation with the format's system text if it has none, its prefix and suffix on the last user turn."""
     turns = list(messages)
     if fmt.system and not any(m.role in ("system", "developer") for m in turns):
         turns.insert(0, Message("system", fmt.system))

@@ -208,7 +208,6 @@ def _train(
         reporter.say(f"going on after step {checkpoints.step_of(state)}")
     (job.folder / "run.json").write_text(json.dumps(run.settings(), indent=2), encoding="utf-8")
     threads = models.use_all_cores()
-    models.keep_freed_memory()
     bf16 = models.wants_bf16(run.bf16)
     model = models.load_with_lora(job.base_folder, run.lora, bf16=bf16, max_length=run.max_length, seed=run.optim.seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
 
 # Beyond this the attention scores of a whole sequence are too large to be written out.
 _EAGER_LENGTH = 512
-# Parameters of glibc's mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def wants_bf16(setting: Literal["auto"] | bool) -> bool:
@@ -39,18 +35,6 @@ def use_all_cores() -> int:
     threads = int(os.environ.get("OMP_NUM_THREADS") or allowed)
     torch.set_num_threads(max(1, threads))
     return max(1, threads)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step, where this is a glibc.
-
-    Activations are large blocks, which it otherwise gives back to the system after each use; getting them again,
-    page by page, took a fifth of the training time on a two-core machine.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def load_with_lora(folder: Path, lora: LoraSpec, *, bf16: bool, max_length: int, seed: int) -> PeftModel:

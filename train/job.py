@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -209,6 +210,8 @@ def _train(
     (job.folder / "run.json").write_text(json.dumps(run.settings(), indent=2), encoding="utf-8")
     threads = models.use_all_cores()
     bf16 = models.wants_bf16(run.bf16)
+    # What the libraries tell each other about names that will go is no news for who trains an adapter.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
     model = models.load_with_lora(job.base_folder, run.lora, bf16=bf16, max_length=run.max_length, seed=run.optim.seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     reporter.say(

@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,15 +151,12 @@ def fit(
     """
     done = 0 if resume_from is None else checkpoints.step_of(resume_from)
     total = len(plan.batches)
-    with warnings.catch_warnings():
-        # What the libraries tell each other about names that will go is no news for who trains an adapter.
-        warnings.simplefilter("ignore", FutureWarning)
-        trainer = _Trainer(
-            model=model,
-            args=_arguments(run, place, total),
-            train_dataset=Steps(plan, examples, pad_id),
-            data_collator=_only,
-        )
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(run, place, total),
+        train_dataset=Steps(plan, examples, pad_id),
+        data_collator=_only,
+    )
     trainer.place, trainer.bf16, trainer.keep = place, bf16, run.checkpoint.keep
     trainer.remove_callback(PrinterCallback)
     with _stop_signals() as stop, _Log(place.metrics, done) as log:

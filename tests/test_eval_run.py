@@ -1,0 +1,187 @@
+"""An evaluation whole: a version, a server, a report in the registry, the gate's word. The engine alone is a fake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from adapters.errors import DataRefused, GateRefused, RecordNotFound
+from adapters.gate import decide
+from adapters.home import Home
+from adapters.records import AdapterVersion
+from adapters.reports import Role, Verdict
+from adapters.runs import check_run
+from serving.engine.request import Failed
+from tests.adapter_factory import adapter_files
+from tests.fakes import EOS, FakeEngine, Submission
+from tests.http_case import Case, make_case, served
+from train import data
+from train.evaluate import Evaluated, Question, evaluate
+from train.progress import Quiet
+from train.show import markdown, show_report
+
+GOOD, BAD = "It turns a list of words round.", "I do not know what this is."
+
+
+class Stage:
+    """A served registry with a fake engine whose answers depend on the adapter that is asked."""
+
+    def __init__(self, root: Path) -> None:
+        self.says: dict[str | None, str] = {None: BAD}
+        self.case: Case = make_case(root / "server", FakeEngine(script=self._answer))
+        self.home = Home.find(root / "home")
+        self.rows = root / "rows.jsonl"
+        self.write_rows(GOOD)
+        run = {
+            "name": "summarize",
+            "data": {"source": str(self.rows), "holdout": 0.5, "eval_limit": 12},
+            "prompt_format": {"prefix": "> "},
+            "eval": {"max_tokens": 64},
+            "gate": {"min_n": 12, "margin": 0.1},
+        }
+        self.run = check_run(run, "test")
+
+    def _answer(self, submission: Submission) -> Sequence[int | Failed]:
+        return [*self.says[submission.adapter].encode(), EOS]
+
+    def write_rows(self, completion: str) -> None:
+        lines = [json.dumps({"prompt": f"row {i}", "completion": completion}) for i in range(60)]
+        self.rows.write_text("\n".join(lines))
+
+    def publish(self, seed: int, says: str, **facts: object) -> AdapterVersion:
+        held_out = data.evaluation_rows(self.run.data, self.home)
+        known = {"run": self.run.settings(), "eval_data_digest": held_out.digest, **facts}
+        version = self.case.registry.publish(
+            "summarize",
+            adapter_files(seed),
+            prompt_format=self.run.prompt_format.record(),
+            facts=known,
+            who="t",
+            note="",
+        )
+        self.says[version.digest] = says
+        return version
+
+    def ask(self, number: int, url: str, **changed: object) -> Evaluated:
+        return evaluate(Question("summarize", number, **changed), self.home, url, Quiet())  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path)
+
+
+def test_a_good_version_gets_a_report_a_policy_and_a_pass(stage: Stage) -> None:
+    version = stage.publish(1, GOOD)
+    with served(stage.case) as url:
+        done = stage.ask(1, url)
+    registry = stage.case.registry
+    assert done.decision.verdict is Verdict.PASS
+    assert (done.report.n, done.report.adapter_digest) == (12, version.digest)
+    assert registry.report(done.digest) == done.report
+    policy = registry.policy("summarize")
+    assert policy is not None
+    assert (policy.data_digest, policy.min_n, policy.margin) == (done.report.data_digest, 12, 0.1)
+    candidate, base = done.report.system(Role.CANDIDATE), done.report.system(Role.BASE)
+    assert candidate is not None
+    assert base is not None
+    assert (candidate.scores["rouge1"], base.digest) == (1.0, version.base_digest)
+    assert base.scores["rouge1"] < 0.3
+    assert registry.promote("summarize", 1, who="t", reason="it passed").to_number == 1
+
+
+def test_a_version_no_better_than_the_base_is_refused_by_the_gate(stage: Stage) -> None:
+    stage.publish(1, BAD)
+    with served(stage.case) as url:
+        done = stage.ask(1, url)
+    assert done.decision.verdict is Verdict.FAIL
+    assert any("over the base" in reason for reason in done.decision.reasons)
+    with pytest.raises(GateRefused):
+        stage.case.registry.promote("summarize", 1, who="t", reason="try")
+
+
+def test_the_champion_is_asked_in_the_same_run_and_the_verdict_is_the_registrys_own(stage: Stage) -> None:
+    champion, _ = stage.publish(1, GOOD), stage.publish(2, "It turns words.")
+    stage.case.registry.promote("summarize", 1, who="t", reason="first", force=True)
+    with served(stage.case) as url:
+        done = stage.ask(2, url)
+    report = done.report
+    assert [s.role for s in report.systems] == [Role.BASE, Role.CHAMPION, Role.CANDIDATE]
+    assert report.champion_digest == champion.digest
+    assert {d.against for d in report.differences} == {Role.BASE, Role.CHAMPION}
+    assert done.decision.verdict is Verdict.FAIL
+    policy = stage.case.registry.policy("summarize")
+    theirs = decide(report, policy, version_digest=report.adapter_digest, champion_digest=champion.digest)
+    assert theirs == done.decision
+
+
+def test_too_few_rows_decide_nothing(stage: Stage) -> None:
+    stage.publish(1, GOOD)
+    with served(stage.case) as url:
+        stage.ask(1, url)
+        done = stage.ask(1, url, n=6)
+    assert done.decision.verdict is not Verdict.PASS
+    assert done.report.n == 6
+
+
+def test_a_policy_stays_until_it_is_set_anew(stage: Stage) -> None:
+    stage.publish(1, GOOD)
+    with served(stage.case) as url:
+        first = stage.ask(1, url)
+        stage.ask(1, url, n=6)
+        kept = stage.case.registry.policy("summarize")
+        second = stage.ask(1, url, n=6, set_policy=True)
+    moved = stage.case.registry.policy("summarize")
+    assert kept is not None
+    assert moved is not None
+    assert (kept.data_digest, moved.data_digest) == (first.report.data_digest, second.report.data_digest)
+    assert kept != moved
+
+
+def test_held_out_rows_that_changed_are_refused_unless_named(stage: Stage) -> None:
+    stage.publish(1, GOOD)
+    stage.write_rows("Something else.")
+    with served(stage.case) as url:
+        with pytest.raises(DataRefused, match="changed since summarize@1 was trained"):
+            stage.ask(1, url)
+        assert stage.ask(1, url, data=str(stage.rows)).report.n == 12
+
+
+def test_a_version_of_unknown_origin_needs_rows_named(stage: Stage) -> None:
+    stage.publish(1, GOOD, run=None)
+    with served(stage.case) as url:
+        with pytest.raises(DataRefused, match="--data"):
+            stage.ask(1, url)
+        done = stage.ask(1, url, data=str(stage.rows), n=10, set_policy=True)
+    assert (done.report.n, done.decision.verdict) == (10, Verdict.PASS)
+
+
+def test_an_absent_version_is_told_with_those_that_are_there(stage: Stage) -> None:
+    stage.publish(1, GOOD)
+    with served(stage.case) as url, pytest.raises(RecordNotFound, match="there are summarize@1"):
+        stage.ask(7, url)
+
+
+def test_the_report_is_shown_with_figures_and_examples(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    stage.publish(1, GOOD)
+    with served(stage.case) as url:
+        done = stage.ask(1, url)
+    show_report(done.report, done.decision, "rouge1")
+    page = markdown(done.report, done.decision, "rouge1")
+    shown = capsys.readouterr().out
+    for text in ("ROUGE-Lsum", "summarize@1", "gate: pass", GOOD, BAD):
+        assert text in shown
+    for text in ("| ROUGE-1 |", "# summarize@1: pass", GOOD):
+        assert text in page
+
+
+def test_reports_of_the_same_answers_are_equal_but_for_their_time(stage: Stage) -> None:
+    stage.publish(1, GOOD)
+    with served(stage.case) as url:
+        first, second = (stage.ask(1, url).report.to_json() for _ in range(2))
+    assert {k: v for k, v in first.items() if k != "created_at"} == {
+        k: v for k, v in second.items() if k != "created_at"
+    }

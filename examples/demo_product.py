@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import subprocess
 import threading
@@ -101,9 +102,21 @@ class Product:
             self.server.stop()
             self.server = None
 
+    def client(self) -> httpx.Client:
+        """A client of the server, with the key of the environment if there is one."""
+        key = os.environ.get("LORAPLANE_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=_TIMEOUT_S, trust_env=False)
+
     def get(self, path: str) -> Any:
         """A path of the server as JSON. Raises httpx.HTTPError."""
-        return httpx.get(f"{self.url}{path}", timeout=_TIMEOUT_S, trust_env=False).raise_for_status().json()
+        with self.client() as client:
+            return client.get(path).raise_for_status().json()
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Send JSON, get JSON. Raises httpx.HTTPError."""
+        with self.client() as client:
+            return client.post(path, json=dict(body)).raise_for_status().json()
 
     def find(self, path: str) -> Any | None:
         """The same; None where there is nothing."""
@@ -159,7 +172,7 @@ class Streaming:
         return self._thread.is_alive()
 
     def join(self) -> Answer:
-        """The whole answer, every promise about it checked. Raises CommandFailed-like RuntimeError when it is none."""
+        """The whole answer, every promise about it checked. Raises RuntimeError when none came."""
         while self._thread.is_alive():
             self._thread.join(0.1)  # in bits, so that Ctrl-C is heard
         if self.answer is None:
@@ -178,13 +191,12 @@ class Streaming:
         }
         try:
             before = self._truth.before(self._target)
-            with httpx.Client(timeout=_TIMEOUT_S, trust_env=False) as client:
+            with self.product.client() as client:
                 if self.gate is not None:
                     self.gate.wait(timeout=_TIMEOUT_S)
                 self.check = StreamCheck(self.max_tokens, time.monotonic)
                 self.begun_s = time.monotonic()
-                url = f"{self.product.url}/v1/chat/completions"
-                with client.stream("POST", url, json=body) as response:
+                with client.stream("POST", "/v1/chat/completions", json=body) as response:
                     if self.check.opened(response.status_code, response.headers, lambda: response.read().decode()):
                         for chunk in response.iter_raw():
                             self.check.feed(chunk)

@@ -86,7 +86,9 @@ class Screen:
             self.stages.append(done)
             what = "took" if ended else "broke off after"
             over = done.took_s > budget_s
-            self._line(f"    {what} {done.took_s:.1f} s of {budget_s:.0f} s, {done.verdict}", "yellow" if over else "dim")
+            self._line(
+                f"    {what} {done.took_s:.1f} s of {budget_s:.0f} s, {done.verdict}", "yellow" if over else "dim"
+            )
 
     def say(self, text: str, style: str = "") -> None:
         """One line of the story."""
@@ -145,7 +147,7 @@ class Screen:
     def _line(self, text: str, style: str = "") -> None:
         self._last_line = self.now()
         target = self._bar.console if self._bar is not None else self.console
-        target.print(text, style=style, markup=False)
+        target.print(text, style=style, markup=False, soft_wrap=True)
 
     def _draw_bar(self, what: str, done: int, total: int, figures: str) -> None:
         if self._bar is None or self._bar.tasks[0].description != what:

@@ -91,9 +91,6 @@ class Child:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(left, timeout=_KILL_WAIT_S)
-        for stream in (self.popen.stdout, self.popen.stderr):
-            if stream is not None:
-                stream.close()
 
     def __enter__(self) -> Child:
         return self

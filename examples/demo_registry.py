@@ -67,7 +67,7 @@ class Registry:
             for report in self.product.get(f"/v1/adapters/{version.name}/reports?version={version.number}")["data"]:
                 bound = report["adapter_digest"] == version.digest and report["data_digest"] == data
                 if bound and (version.digest == live or report["champion_digest"] == wanted):
-                    self.screen.reuse(f"the report of {version.id} of {report['created_at']}")
+                    self.screen.reuse(f"the report of {version.id}")
                     return dict(report)
         else:
             self.screen.say(f"the policy of {version.name} names other rows than these; it is set anew", "yellow")

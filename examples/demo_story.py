@@ -136,7 +136,7 @@ class Story:
         facts = found["facts"]
         version = Version(found["name"], found["version"], found["digest"], facts, Path(found["folder"]))
         if not found["fresh"]:
-            self.screen.reuse(f"{version.id}, trained by this very run before")
+            self.screen.reuse(f"{version.id}, which this very run made before")
         self.screen.say(
             f"{version.id} {version.short}: {facts['steps']} steps on {facts['rows']} functions, loss "
             f"{facts['first_loss']:.2f} -> {facts['final_loss']:.2f}, {facts['seconds']:.0f} s, on {facts['device']}"

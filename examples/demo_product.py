@@ -82,13 +82,13 @@ class Product:
             raise CommandFailed(words, code, said)
         return Told(tuple(out))
 
-    def start_server(self, log: Path, *options: str) -> None:
+    def start_server(self, log: Path) -> None:
         """Begin to start a server on a free port, unless one holds this home already."""
         note = self.home.server()
         if note is not None:
             self.url = note.url
             return
-        self.server = ServerProcess(self.home, log, *options)
+        self.server = ServerProcess(self.home, log)
 
     def wait_for_server(self) -> str:
         """Its URL, once it takes requests. Raises loadtests.processes.ServerFailed."""

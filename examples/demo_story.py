@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ FUNCTIONS = (
     "def f(items, size):\n    for start in range(0, len(items), size):\n        yield items[start:start + size]",
 )
 _FLIP_AFTER_PIECES = 6
+# How the product tells a job's progress into a pipe: "answers: 12/64  tokens 310".
+_COUNTED = re.compile(r"([^:]+): (\d+)/(\d+)(.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,6 @@ class Settings:
 
     budgets: Mapping[str, float]
     overrides: tuple[str, ...] = ()
-    serve: tuple[str, ...] = ()
     answer_tokens: int = 48
     flip_tokens: int = 200
     load_seconds: float = 15.0
@@ -49,8 +51,8 @@ class Settings:
 
 
 _BUDGETS = {
-    "base": 60.0, "summary": 140.0, "name": 110.0, "bad": 60.0, "evaluate": 130.0, "refuse": 80.0,
-    "mixed": 15.0, "flip": 50.0, "rollback": 10.0, "load": 45.0,
+    "base": 60.0, "summary": 140.0, "name": 110.0, "bad": 50.0, "serve": 40.0, "evaluate": 120.0, "refuse": 70.0,
+    "mixed": 15.0, "flip": 45.0, "rollback": 10.0, "load": 45.0,
 }  # fmt: skip
 FULL = Settings(_BUDGETS)
 QUICK = Settings(
@@ -95,12 +97,11 @@ class Story:
                     summary = self._train(SUMMARY)
                 with screen.stage(f"Train {NAME}: find a function's name", budgets["name"]):
                     name = self._train(NAME)
-                # It takes its time to start; the bad candidate is trained meanwhile.
-                self.product.start_server(logs / "serve.log", *self.settings.serve)
                 with screen.stage("Train a bad candidate: shuffled answers, a quarter of the steps", budgets["bad"]):
                     bad = self._train(SUMMARY, "data.shuffle_targets=true", "optim.fraction=0.25")
+                with screen.stage("Start the server", budgets["serve"]):
+                    self._serve(logs / "serve.log")
                 with screen.stage("Evaluate with ROUGE on held-out functions, and promote", budgets["evaluate"]):
-                    self._wait_for_server()
                     for version in (summary, name):
                         self._promote(registry, version)
                 with screen.stage("The gate refuses the bad candidate", budgets["refuse"]):
@@ -143,10 +144,13 @@ class Story:
         )
         return version
 
-    def _wait_for_server(self) -> None:
-        self.screen.murmur("waiting for the server")
-        url = self.product.wait_for_server()
-        self.screen.say(f"the server is ready at {url}; commands go through it from here on")
+    def _serve(self, log: Path) -> None:
+        self.product.start_server(log)
+        if self.product.server is None:
+            self.screen.reuse(f"the server that holds this home, at {self.product.url}; it will be left running")
+            return
+        self.screen.murmur("loraplane serve --port 0")
+        self.screen.say(f"ready at {self.product.wait_for_server()}; commands go through it from here on")
 
     def _promote(self, registry: Registry, version: Version) -> None:
         report = registry.report_for(version, self._murmur)
@@ -317,9 +321,13 @@ class Story:
             self.screen.murmur(told["text"])
 
     def _murmur(self, line: str) -> None:
-        text = line.strip()
-        if text and text[0] not in '{}[]"':
-            self.screen.murmur(text)
+        """What a command tells on stderr while it works; its JSON answer is not for showing."""
+        counted = _COUNTED.fullmatch(line.strip())
+        if counted is not None:
+            what, done, total, figures = counted.groups()
+            self.screen.progress(what, int(done), int(total), figures.strip())
+        elif line.strip() and line.strip()[0] not in '{}[]"':
+            self.screen.murmur(line.strip())
 
 
 def _is(answer: Answer, version: Version) -> bool:

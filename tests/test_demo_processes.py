@@ -136,7 +136,7 @@ def test_the_whole_story_holds_after_one_that_was_stopped_under_its_server(
     log = tmp_path / "first.log"
     first = start_demo(tiny_base, environment, log)
     killed_at_the_end.append(first)
-    wait_until(lambda: first.poll() is not None or "[7]" in log.read_text(), 240, "the server answers")
+    wait_until(lambda: first.poll() is not None or "[8]" in log.read_text(), 240, "the server answers")
     children = family(first.pid)
     assert any("raylet" in p.name() for p in children), log.read_text()
     first.send_signal(signal.SIGINT)

@@ -338,3 +338,26 @@ def test_every_id_of_the_vocabulary_can_be_a_prompt(decoder: Decoder) -> None:
         case.step()
     case.run()
     assert all(len(a.endings) == 1 for a in case.answers.values())
+
+
+def test_a_large_cache_is_resident_only_where_it_was_written() -> None:
+    from psutil import Process
+
+    from serving.engine.memory import lazy_zeros
+
+    before = Process().memory_info().rss
+    cache = lazy_zeros((64, 1 << 20), torch.bfloat16, torch.device("cpu"))
+    cache[3, 5] = 1.0
+    assert Process().memory_info().rss - before < 16 << 20
+    assert float(cache[3].sum()) == 1.0
+    assert cache.dtype is torch.bfloat16
+
+
+def test_an_engine_whose_every_row_fails_does_not_call_itself_alive(decoder: Decoder) -> None:
+    case = EngineCase(decoder, wrap=lambda runner: Poisoned(runner, "raise"))
+    case.answer(case.submit(PROMPT))
+    alive = case.engine.idle_s
+    for _ in range(3):
+        case.submit([Poisoned.POISON])
+        case.step(seconds=1.0)
+    assert case.engine.idle_s >= alive + 3.0

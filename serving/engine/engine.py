@@ -135,9 +135,11 @@ class Engine:
         if plan.rows:
             result = self._compute(plan)
             done = self._now()
-            self._alive_at = done
+            good = sum(1 for s in result.sampled.values() if s.fault is None)
+            if good or not result.sampled:
+                self._alive_at = done  # an engine that only fails is not alive, however busy
             self._steps += 1
-            self._tokens += sum(1 for s in result.sampled.values() if s.fault is None)
+            self._tokens += good
             out += self._scheduler.settle(plan, result, done)
         if out:
             self._sink(out)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from serving.engine.memory import lazy_zeros
+
 RANK_BUCKETS = (8, 16, 32, 64, 128, 256)
 
 
@@ -70,7 +72,7 @@ class SlotTensors:
 
     def _grow(self, rank: int) -> None:
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=self._dtype, device=self._device)
+            return lazy_zeros(shape, self._dtype, self._device)
 
         old_a, old_b, old_rank = self._a, self._b, self.rank
         self._a = [zeros(self._slots, len(s.modules), rank, s.in_features) for s in self._sites]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from serving.engine.lora import Active, HostAdapter, SlotTensors
+from serving.engine.memory import lazy_zeros
 from serving.engine.model import SITES_PER_LAYER, Decoder
 from serving.engine.request import Sampling
 from serving.engine.sampling import sample
@@ -69,8 +70,8 @@ class LlamaRunner:
         self._probe_row = rows
         # One row more than is given out: the idle probe's own.
         shape = (rows + 1, decoder.kv_heads, max_model_len, decoder.head_dim)
-        self._keys = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.layers]
-        self._values = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.layers]
+        self._keys = [lazy_zeros(shape, decoder.dtype, decoder.device) for _ in decoder.layers]
+        self._values = [lazy_zeros(shape, decoder.dtype, decoder.device) for _ in decoder.layers]
         self._last = torch.zeros(rows + 1, dtype=torch.long, device=decoder.device)
 
     def install(self, slot: int, adapter: HostAdapter) -> None:

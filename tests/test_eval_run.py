@@ -145,7 +145,7 @@ def test_held_out_rows_that_changed_are_refused_unless_named(stage: Stage) -> No
     stage.publish(1, GOOD)
     stage.write_rows("Something else.")
     with served(stage.case) as url:
-        with pytest.raises(DataRefused, match="changed since summarize@1 was trained"):
+        with pytest.raises(DataRefused, match="not those that summarize@1 was trained beside"):
             stage.ask(1, url)
         assert stage.ask(1, url, data=str(stage.rows)).report.n == 12
 
@@ -157,6 +157,12 @@ def test_a_version_of_unknown_origin_needs_rows_named(stage: Stage) -> None:
             stage.ask(1, url)
         done = stage.ask(1, url, data=str(stage.rows), n=10, set_policy=True)
     assert (done.report.n, done.decision.verdict) == (10, Verdict.PASS)
+
+
+def test_a_run_of_another_release_counts_as_unknown(stage: Stage) -> None:
+    stage.publish(1, GOOD, run={"name": "summarize", "from": "the future"})
+    with served(stage.case) as url, pytest.raises(DataRefused, match="--data"):
+        stage.ask(1, url)
 
 
 def test_an_absent_version_is_told_with_those_that_are_there(stage: Stage) -> None:

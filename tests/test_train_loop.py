@@ -13,14 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
-from adapters.errors import Cancelled, RunInvalid
+from adapters import cli
+from adapters.errors import Cancelled, RunInvalid, ServerUnreachable
 from adapters.prompts import Example
+from adapters.registry_door import RegistryDoor
 from adapters.runs import TrainRun
 from tests.train_case import TrainCase, train_case
 from train import checkpoints, job, loop, models
-from train.progress import Quiet
+from train.progress import Quiet, Reporter
 
 
 @pytest.fixture
@@ -28,11 +31,13 @@ def case(tmp_path: Path, tiny_base: Path) -> TrainCase:
     return train_case(tmp_path, tiny_base)
 
 
-def run_job(case: TrainCase, *overrides: str, resume: bool = False, force: bool = False) -> job.Trained:
+def run_job(
+    case: TrainCase, *overrides: str, resume: bool = False, force: bool = False, reporter: Reporter | None = None
+) -> job.Trained:
     door = case.door()
     try:
         prepared = job.prepare(case.run(*overrides), case.home, door)
-        return job.train(prepared, door, Quiet(), resume=resume, force=force, resume_command="go on")
+        return job.train(prepared, door, reporter or Quiet(), resume=resume, force=force, resume_command="go on")
     finally:
         door.close()
 
@@ -164,11 +169,10 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(tmp_pa
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(case: TrainCase, number: signal.Signals) -> None:
+def test_sigterm_saves_and_says_how_to_go_on(case: TrainCase) -> None:
     process = child(case, "--set", "optim.epochs=400", "--set", "checkpoint.every_steps=0")
     when(lambda: any(len(p.read_text().splitlines()) > 3 for p in case.home.runs.glob("*/metrics.jsonl")), process)
-    process.send_signal(number)
+    process.terminate()
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "--set optim.epochs=400 --set checkpoint.every_steps=0" in said
@@ -178,6 +182,67 @@ def test_a_signal_saves_and_says_how_to_go_on(case: TrainCase, number: signal.Si
     (state,) = (folder_of(case) / "states").iterdir()
     digest = json.loads((state / checkpoints.MANIFEST).read_text())["run"]
     assert checkpoints.newest_state(state.parent, digest, print) == state
+
+
+class CtrlC(Quiet):
+    """Presses Ctrl-C, once or twice, when the third step is told."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def step(self, done: int, **figures: float) -> None:
+        for _ in range(self.times if done == 3 else 0):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_ends_after_the_step_in_hand_and_the_second_one_at_once(case: TrainCase) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Cancelled, match="stopped after step 4 of 26; go on with: go on"):
+        run_job(case, reporter=CtrlC(1))
+    assert [m[0] for m in metrics(folder_of(case))] == [1, 2, 3, 4]
+    with pytest.raises(KeyboardInterrupt):
+        run_job(case, reporter=CtrlC(2), force=True)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run_job(case, force=True).version.number == 1
+
+
+class Unreachable:
+    """A door that fails to publish, as a server that has gone."""
+
+    def __init__(self, door: RegistryDoor) -> None:
+        self.door = door
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.door, name)
+
+    def publish(self, *_: object, **__: object) -> None:
+        raise ServerUnreachable("gone")
+
+
+def test_a_run_that_could_not_be_published_is_published_without_training_again(case: TrainCase) -> None:
+    door = case.door()
+    try:
+        prepared = job.prepare(case.run(), case.home, door)
+        with pytest.raises(ServerUnreachable):
+            job.train(prepared, Unreachable(door), Quiet(), resume=False, force=False, resume_command="")  # type: ignore[arg-type]
+    finally:
+        door.close()
+    seen = metrics(folder_of(case))
+    steps = Steps()
+    done = run_job(case, reporter=steps)
+    assert done.version.id == "backwards@1"
+    assert steps.seen == []
+    assert metrics(done.folder) == seen
+
+
+class Steps(Quiet):
+    """Remembers which steps were told."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def step(self, done: int, **figures: float) -> None:
+        self.seen.append(done)
 
 
 def sealed_state(folder: Path, step: int) -> Path:
@@ -208,14 +273,9 @@ def test_a_state_that_is_not_as_we_wrote_it_is_never_resumed_from(tmp_path: Path
 
 
 def test_a_run_that_another_process_trains_is_refused(case: TrainCase) -> None:
-    process = child(case, "--set", "optim.epochs=400")
-    when(lambda: any(case.home.runs.glob("*/metrics.jsonl")), process)
-    try:
-        with pytest.raises(RunInvalid, match="by another process"):
-            run_job(case, "optim.epochs=400")
-    finally:
-        process.kill()
-        process.communicate()
+    done = run_job(case)
+    with FileLock(done.folder / ".lock"), pytest.raises(RunInvalid, match="by another process"):
+        run_job(case)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(case: TrainCase, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,10 +298,9 @@ def test_targets_that_fit_no_module_and_lengths_beyond_the_base_are_refused(case
         run_job(case, "max_length=4096")
 
 
-def test_a_dry_run_shows_rows_and_trains_nothing(case: TrainCase) -> None:
-    process = child(case, "--dry-run", "--json")
-    said, _ = process.communicate(timeout=60)
-    plan = json.loads(said.splitlines()[-1])
+def test_a_dry_run_shows_rows_and_trains_nothing(case: TrainCase, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", str(case.run_file), "--home", str(case.home.root), "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert plan["event"] == "plan"
     assert plan["rows"] + plan["held_out_rows"] <= 64
     assert "⟦" in plan["examples"][0]
@@ -262,9 +321,7 @@ def test_rows_that_are_tested_on_are_not_trained_on(tmp_path: Path, tiny_base: P
 
 def test_cancelled_is_what_a_stop_raises() -> None:
     """The exit code of an interrupted run is an interrupt's, so that scripts can tell it from a failure."""
-    from adapters.cli import exit_code
-
-    assert exit_code(Cancelled) == 128 + signal.SIGINT
+    assert cli.exit_code(Cancelled) == 128 + signal.SIGINT
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no CPU affinity on this system")

@@ -35,11 +35,11 @@ def train(
     ] = None,
     home: HomeOption = None,
     url: UrlOption = None,
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines: progress, and last the result.")] = False,
 ) -> None:
     """Train an adapter as a run file says and publish it as a candidate version.
 
-    With --json, one object a line: progress, and last the result. Ctrl-C saves; --resume goes on.
+    Ctrl-C saves what is trained so far and says how to go on.
 
     Example: loraplane train examples/docstring-summary.yaml --set optim.lr=5e-4
     """

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from adapters.bases import DEFAULT_BASE
-from adapters.errors import BaseMissing, DataRefused, RecordNotFound
+from adapters.errors import BaseMissing, DataRefused, RecordNotFound, RunInvalid
 from adapters.gate import decide
 from adapters.home import Home
 from adapters.records import BASE_ID, AdapterSummary, AdapterVersion, BaseRecord
@@ -128,9 +128,7 @@ def subject_of(door: RegistryDoor, question: Question) -> Subject:
             f"get it, for example: loraplane models pull {DEFAULT_BASE}"
         )
     champion = None if summary.champion is None else _numbered(summary, summary.champion)
-    stored = version.facts.get("run")
-    run = check_run(stored, f"the run of {version.id}") if isinstance(stored, Mapping) else None
-    return Subject(version, base, champion, run)
+    return Subject(version, base, champion, _run_of(version))
 
 
 def rows_for(question: Question, subject: Subject, home: Home, reporter: Reporter) -> tuple[DataSpec, RowSet]:
@@ -146,11 +144,13 @@ def rows_for(question: Question, subject: Subject, home: Home, reporter: Reporte
         )
     whole = data.evaluation_rows(run.data, home)
     expected = subject.version.facts.get("eval_data_digest")
-    if expected is not None and whole.digest != expected:
+    if whole.digest != expected:
         if run.data.source != DOCSTRINGS:
+            # Facts come with an adapter from whoever published it: a file is read for them only if it is the same.
+            source = run.data.eval_source or run.data.source
             raise DataRefused(
-                f"{run.data.eval_source or run.data.source} changed since {subject.version.id} was trained; say --data "
-                f"{run.data.eval_source or run.data.source} to evaluate on it as it is now"
+                f"the held-out rows of {source} are not those that {subject.version.id} was trained beside; "
+                f"say --data {source} to evaluate on the whole file as it is now"
             )
         reporter.say("the installed packages changed since this version was trained, and so did its held-out rows")
     return run.data, whole if question.n is None else data.evaluation_rows(run.data, home, question.n)
@@ -225,6 +225,17 @@ def code_version() -> str:
     for name in _SCORING_CODE:
         digest.update((Path(__file__).parent / name).read_bytes())
     return f"loraplane {metadata.version('loraplane')} scoring {digest.hexdigest()[:12]}"
+
+
+def _run_of(version: AdapterVersion) -> TrainRun | None:
+    """The run in a version's facts; None where there is none that this release understands."""
+    stored = version.facts.get("run")
+    if not isinstance(stored, Mapping):
+        return None
+    try:
+        return check_run(stored, f"the run of {version.id}")
+    except RunInvalid:
+        return None
 
 
 def _numbered(summary: AdapterSummary, number: int) -> AdapterVersion:

@@ -199,8 +199,10 @@ def _train(
 
     run = job.run
     place = loop.RunPlace(job.folder, job.digest, job.base.name, run.prompt_format.record())
-    state = checkpoints.newest_state(place.states, job.digest, reporter.say) if resume else None
-    if not resume and not force and any(place.states.glob("checkpoint-*")) and not place.adapter.is_dir():
+    # A run that was trained to its end, but not published, needs no more than its last state.
+    finished = place.adapter.is_dir() and not force
+    state = checkpoints.newest_state(place.states, job.digest, reporter.say) if resume or finished else None
+    if not (resume or force or finished) and any(place.states.glob("checkpoint-*")):
         raise RunInvalid(f"{job.folder} holds this run, interrupted; add --resume to go on, or --force to start over")
     if state is None:
         for old in (place.states, place.adapter, place.folder / "steps"):

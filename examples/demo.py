@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruptible(), _home(options.home, options.fresh) as home:
             settings: Settings = QUICK if options.quick else FULL
             with whole(Product(home)) as product:
-                Story(product, screen, settings, options.base).tell()
+                Story(product, screen, settings, options.base, kept=not options.fresh).tell()
     except KeyboardInterrupt:
         screen.say("stopped; nothing was left running. `make demo` goes on where this one ended.", "yellow")
         return INTERRUPTED

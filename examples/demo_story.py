@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.live import Live
 
+from adapters.home import Home
 from examples.demo_product import GATE_REFUSES, CommandFailed, Product, Streaming, figure, together
 from examples.demo_registry import Registry, Version
 from examples.demo_screen import Card, Screen, columns_of
@@ -51,7 +52,7 @@ class Settings:
 
 
 _BUDGETS = {
-    "base": 60.0, "summary": 140.0, "name": 110.0, "bad": 50.0, "serve": 40.0, "evaluate": 120.0, "refuse": 70.0,
+    "base": 60.0, "summary": 160.0, "name": 130.0, "bad": 50.0, "serve": 40.0, "evaluate": 90.0, "refuse": 60.0,
     "mixed": 15.0, "flip": 45.0, "rollback": 10.0, "load": 45.0,
 }  # fmt: skip
 FULL = Settings(_BUDGETS)
@@ -74,12 +75,13 @@ QUICK = Settings(
 
 @dataclass
 class Story:
-    """One telling. Versions and reports are filled in as the stages make or find them."""
+    """One telling. kept: whether the home outlives it. reports: filled in as the stages make or find them."""
 
     product: Product
     screen: Screen
     settings: Settings
     base: str
+    kept: bool = True
     reports: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def tell(self) -> None:
@@ -121,7 +123,8 @@ class Story:
                 screen.console.print()
                 screen.times()
                 screen.say(f"{screen.claims} claims held; {time.monotonic() - begun:.0f} s in all", "bold")
-        self._where_next()
+        if self.kept:
+            self._where_next()
 
     def _pull(self) -> None:
         self.screen.murmur(f"loraplane models pull {self.base}")
@@ -288,13 +291,14 @@ class Story:
         self.screen.table(columns, rows, "Under load")
 
     def _where_next(self) -> None:
-        say = self.screen.say
+        say, root = self.screen.say, self.product.home.root
+        here = "" if Home.find() == self.product.home else f"LORAPLANE_HOME={root} "
         body = json.dumps({"model": SUMMARY, "messages": [{"role": "user", "content": "def f(a): return a[::-1]"}]})
         say("")
         say("Where to go next:", "bold")
-        say("  make serve                          # the same server on port 8000, then:")
+        say(f"  {here}make serve   # the same server on port 8000; then, elsewhere:")
         say(f"  curl localhost:8000/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
-        say(f"  loraplane history {SUMMARY}   # every move of the alias, and why")
+        say(f"  {here}.venv/bin/loraplane history {SUMMARY}   # every move of the alias, and why")
 
     def _checked(self, stream: Streaming) -> Answer:
         """The answer, after every promise about it was found kept."""

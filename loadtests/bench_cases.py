@@ -144,7 +144,10 @@ def random_adapter(decoder: Decoder, seed: int) -> HostAdapter:
 
 
 def decode_cases(on: LlamaRunner, off: LlamaRunner, rows: int) -> list[Case]:
-    """The mixtures of one batch size. on: a runner with `rows` adapters resident; off: one that never had any."""
+    """The mixtures of one batch size: the base's is the first, that of an adapter for each row the fourth.
+
+    on: a runner with at least `rows` adapters resident; off: one that never had any.
+    """
     distinct = list(range(1, rows + 1))
     half = [slot if slot % 2 else NO_SLOT for slot in distinct]
     cases: list[Case] = [

@@ -4,7 +4,7 @@
 
 Decode steps at several batch sizes and mixtures, prefill chunks, and two peers: transformers' `generate` on a static
 batch, and PEFT's `adapter_names`. A table for people, and as the last line one JSON object. Figures of one run compare
-with each other only: each case is measured in turns with all others, and the median of its steps counts.
+with each other only: the cases of a batch size, and a peer and our like of it, are measured in turns; medians count.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from loadtests.bench_cases import (
     with_peft,
 )
 from serving.engine.model import load_decoder, pick_dtype
+from serving.engine.runner import LlamaRunner
 from serving.engine.scheduler import NO_SLOT
 
 ROWS = 16
@@ -83,9 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="loraplane-bench-") as folder:
         name, base = _base(options, Path(folder))
         note(f"{name}, {str(dtype).removeprefix('torch.')} on {device}, {torch.get_num_threads()} threads")
-        figures, prefill = _ours(base, dtype, device, size)
-        peers = [] if options.no_peers else _peers(base, dtype, device, size)
-    told = _report(name, dtype, device, size, figures, prefill, peers)
+        decoder = load_decoder(base, dtype, device, MAX_LEN)
+        # The two share the base's weights; only cache and slots are their own.
+        on, off = make_runner(decoder, ROWS, ROWS), make_runner(decoder, ROWS, 0)
+        figures, prefill = _decode(on, off, size), _prefill(on, off, size)
+        pairs = [] if options.no_peers else _peers(base, dtype, device, size, on, off)
+    peers = [peer for _, peer in pairs]
+    told = _report(name, dtype, device, size, figures, prefill, pairs)
     show_table(
         ("CASE", "ROWS", "MS A STEP", "BEST", "TOK/S", "OF BASE"), [_row(f) for f in (*figures, *prefill, *peers)]
     )
@@ -134,10 +139,7 @@ def machine() -> dict[str, object]:
     }
 
 
-def _ours(base: Path, dtype: torch.dtype, device: torch.device, size: Size) -> tuple[list[Figure], list[Figure]]:
-    decoder = load_decoder(base, dtype, device, MAX_LEN)
-    # The two share the base's weights; only cache and slots are their own.
-    on, off = make_runner(decoder, ROWS, ROWS), make_runner(decoder, ROWS, 0)
+def _decode(on: LlamaRunner, off: LlamaRunner, size: Size) -> list[Figure]:
     figures = []
     for batch in size.batches:
         cases = decode_cases(on, off, batch)
@@ -145,6 +147,10 @@ def _ours(base: Path, dtype: torch.dtype, device: torch.device, size: Size) -> t
         times = interleaved(cases, size.rounds, size.steps)
         base_rate = batch / statistics.median(times[cases[0].name])
         figures += [figure(case, times[case.name], base_rate) for case in cases]
+    return figures
+
+
+def _prefill(on: LlamaRunner, off: LlamaRunner, size: Size) -> list[Figure]:
     chunks: list[Case] = [
         PrefillCase(f"prefill of {tokens}, {'adapter' if slot else 'base'}", runner, tokens, slot)
         for tokens in _CHUNKS
@@ -152,24 +158,25 @@ def _ours(base: Path, dtype: torch.dtype, device: torch.device, size: Size) -> t
     ]
     note("prefill")
     times = interleaved(chunks, size.rounds, 2)
-    prefill = []
+    figures = []
     for without, with_adapter in zip(chunks[::2], chunks[1::2], strict=True):
         base_rate = without.rows / statistics.median(times[without.name])
-        prefill += [figure(case, times[case.name], base_rate) for case in (without, with_adapter)]
-    return figures, prefill
+        figures += [figure(case, times[case.name], base_rate) for case in (without, with_adapter)]
+    return figures
 
 
-def _peers(base: Path, dtype: torch.dtype, device: torch.device, size: Size) -> list[Figure]:
+def _peers(
+    base: Path, dtype: torch.dtype, device: torch.device, size: Size, on: LlamaRunner, off: LlamaRunner
+) -> list[tuple[Figure, Figure]]:
+    """Pairs of our figure and a peer's on the same work, measured in turns with each other."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    ours = decode_cases(on, off, ROWS)
     note("transformers generate, static batch")
     model = load_model(base, dtype, device)
-    plain = GenerateCase("transformers generate, base", model, ROWS)
-    times = interleaved([plain], size.rounds, size.peer_steps)
-    rate = ROWS / statistics.median(times[plain.name])
-    found = [figure(plain, times[plain.name], rate)]
+    found = [_pair(ours[0], GenerateCase("transformers generate, base", model, ROWS), size.rounds, size.peer_steps)]
     try:
         wrapped = with_peft(model, ROWS)
     except ImportError:
@@ -177,7 +184,12 @@ def _peers(base: Path, dtype: torch.dtype, device: torch.device, size: Size) -> 
         return found
     note("PEFT adapter_names, mixed batch")
     mixed = GenerateCase("PEFT adapter_names, distinct", wrapped, ROWS, [f"a{i}" for i in range(1, ROWS + 1)])
-    return [*found, figure(mixed, interleaved([mixed], 1, size.mixed_steps)[mixed.name], rate)]
+    return [*found, _pair(ours[3], mixed, max(1, size.rounds - 1), size.mixed_steps)]
+
+
+def _pair(ours: Case, peer: Case, rounds: int, steps: int) -> tuple[Figure, Figure]:
+    times = interleaved([ours, peer], rounds, steps)
+    return figure(ours, times[ours.name]), figure(peer, times[peer.name])
 
 
 def _report(
@@ -187,9 +199,9 @@ def _report(
     size: Size,
     figures: Sequence[Figure],
     prefill: Sequence[Figure],
-    peers: Sequence[Figure],
+    pairs: Sequence[tuple[Figure, Figure]],
 ) -> dict[str, Any]:
-    rates = {(f.case, f.batch): f.tokens_per_s for f in (*figures, *peers)}
+    rates = {(f.case, f.batch): f.tokens_per_s for f in figures}
     base, distinct = rates["base", ROWS], rates["an adapter for each row", ROWS]
     ratios = {
         "16 distinct adapters / base": distinct / base,
@@ -197,9 +209,8 @@ def _report(
         "base rows with adapters resident / base": rates["base rows, adapters resident", ROWS] / base,
         "half base, half distinct / base": rates["half base, half distinct", ROWS] / base,
     }
-    for peer in peers:
-        ours = base if peer.case.startswith("transformers") else distinct
-        ratios[f"ours / {peer.case}"] = ours / peer.tokens_per_s
+    for ours, peer in pairs:
+        ratios[f"ours / {peer.case}"] = ours.tokens_per_s / peer.tokens_per_s
     return {
         "bench": "engine",
         "base": name,
@@ -210,7 +221,7 @@ def _report(
         "size": asdict(size),
         "decode": [asdict(f) for f in figures],
         "prefill": [asdict(f) for f in prefill],
-        "peers": [asdict(f) for f in peers],
+        "peers": [{**asdict(peer), "ours_tokens_per_s": ours.tokens_per_s} for ours, peer in pairs],
         "ratios": {k: round(v, 3) for k, v in ratios.items()},
     }
 

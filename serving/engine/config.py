@@ -13,7 +13,7 @@ from adapters.errors import ConfigInvalid
 class EngineConfig:
     """One engine. Sizes in tokens, rows, slots and bytes; folder and blobs are absolute paths.
 
-    device: `cpu` or `cuda[:n]`. dtype: `auto`, `float32` or `bfloat16`. threads 0: one a core. max_rank bounds what
+    device: `cpu` or `cuda[:n]`. dtype: `auto`, `float32` or `bfloat16`. threads 0: one a core but one, which the edge gets. max_rank bounds what
     may be loaded; slots grow to the largest rank that is resident.
     """
 
@@ -47,5 +47,9 @@ class EngineConfig:
 
     @property
     def num_threads(self) -> int:
-        """Threads for tensor work. Ray gives a replica one by default, so it is always set."""
-        return self.threads or len(os.sched_getaffinity(0))
+        """Threads for tensor work. Ray gives a replica one by default, so it is always set.
+
+        Without a figure one core is left to the edge: OpenMP threads that wait for a core somebody else has took ten
+        times as long a step, and on two cores one thread was as fast over HTTP as two (docs/decisions.md).
+        """
+        return self.threads or max(1, len(os.sched_getaffinity(0)) - 1)

@@ -13,8 +13,8 @@ from adapters.errors import ConfigInvalid
 class EngineConfig:
     """One engine. Sizes in tokens, rows, slots and bytes; folder and blobs are absolute paths.
 
-    device: `cpu` or `cuda[:n]`. dtype: `auto`, `float32` or `bfloat16`. threads 0: one a core but one, which the edge gets. max_rank bounds what
-    may be loaded; slots grow to the largest rank that is resident.
+    device: `cpu` or `cuda[:n]`. dtype: `auto`, `float32` or `bfloat16`. threads 0: one a core but one, which the edge
+    gets. max_rank bounds what may be loaded; slots grow to the largest rank that is resident.
     """
 
     base_folder: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ class EngineCase:
         self.time = 0.0
         self.answers: dict[Key, Answer] = {}
         self._numbers: Iterator[int] = itertools.count(1)
+        self._woken = threading.Event()
         tensors = SlotTensors(decoder.sites, slots, decoder.dtype, decoder.device, max_rank)
         self.rows, self.slots = RowTable(rows), SlotTable(slots)
         self.host = HostTier(
@@ -72,7 +74,7 @@ class EngineCase:
             budget_bytes=budget_bytes,
             workers=2,
             negative_cache_s=5.0,
-            wake=lambda: None,
+            wake=self._woken.set,
             now=self.now,
         )
         limits = Limits(MAX_LEN, queue_limit, chunk, 4 * chunk, patience_s)
@@ -131,7 +133,9 @@ class EngineCase:
         while not done():
             if time.monotonic() > give_up:
                 raise AssertionError(f"not done after {limit_s} s")
-            self.step()
+            self._woken.clear()
+            if not self.step() and not done():
+                self._woken.wait(0.05)  # a load is under way: the test's clock must not race ahead of it
         assert self.scheduler.balanced()
 
     def answer(self, key: Key) -> list[int]:

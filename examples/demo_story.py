@@ -52,7 +52,7 @@ class Settings:
 
 
 _BUDGETS = {
-    "base": 60.0, "summary": 160.0, "name": 130.0, "bad": 50.0, "serve": 40.0, "evaluate": 90.0, "refuse": 60.0,
+    "base": 60.0, "summary": 190.0, "name": 150.0, "bad": 50.0, "serve": 40.0, "evaluate": 90.0, "refuse": 60.0,
     "mixed": 15.0, "flip": 45.0, "rollback": 10.0, "load": 45.0,
 }  # fmt: skip
 FULL = Settings(_BUDGETS)

@@ -45,6 +45,28 @@ def test_a_seeded_sequence_has_the_same_tokens_whatever_shares_its_batch(
     crowd.run()
 
 
+def test_in_bfloat16_a_seeded_sequence_is_bit_for_bit_independent_of_its_batch(
+    tiny_base: Path, tiny_adapters: list[Path]
+) -> None:
+    """Logit noise moves a draw: six seeds alone, then all together with long neighbours and small prompt chunks."""
+
+    def read(digest: str) -> HostAdapter:
+        return read_peft(Path(digest), torch.bfloat16)
+
+    half = load_tiny(tiny_base, torch.bfloat16)
+    wishes = {"temperature": 1.0, "max_tokens": 40, "ignore_eos": True}
+    prompt = [5 + i % 200 for i in range(60)]
+    alone = [
+        (case := EngineCase(half, read=read)).answer(case.submit(prompt, tiny_adapters[i % 2], seed=i, **wishes))
+        for i in range(6)
+    ]
+    crowd = EngineCase(half, rows=8, chunk=7, read=read)
+    crowd.submit([9] * 150, max_tokens=90, ignore_eos=True)
+    keys = [crowd.submit(prompt, tiny_adapters[i % 2], seed=i, **wishes) for i in range(6)]
+    assert [crowd.answer(key) for key in keys] == alone
+    crowd.run()
+
+
 def test_choices_of_one_seed_differ_and_seeds_differ(decoder: Decoder) -> None:
     case = EngineCase(decoder)
     keys = [

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from adapters.errors import ConfigInvalid
 
+DTYPES = ("auto", "bfloat16", "float32")
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -41,6 +43,8 @@ class EngineConfig:
     replica: str = field(default="")
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigInvalid(f"dtype {self.dtype!r} is not served; use one of {', '.join(DTYPES)}")
         for name in ("max_model_len", "max_rows", "slots", "max_rank", "host_bytes", "queue_limit", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ConfigInvalid(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -18,6 +18,11 @@ from serving.engine.sampling import sample
 from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan, StepResult
 
 _PROBE = Key((-1, -1))
+# The CPU's attention kernel rounds differently for different numbers of keys and chunk lengths. With these paddings
+# (all further keys masked) a row's bfloat16 result is bit for bit the same whatever shares its step: measured.
+_KEY_BLOCK = 64
+_DECODE_KEYS = 128
+_PREFILL_KEYS = 512
 
 
 class Runner(Protocol):
@@ -51,7 +56,7 @@ class _Decode:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """One row's prompt chunk: flat tokens first..last-1, cache positions start..end-1. mask: (groups * C, end)."""
+    """One row's prompt chunk: flat tokens first..last-1, cache positions start..end-1. mask: (groups * C, keys)."""
 
     first: int
     last: int
@@ -68,6 +73,7 @@ class LlamaRunner:
         self._d = decoder
         self._slots = slots
         self._probe_row = rows
+        self._max_model_len = max_model_len
         # One row more than is given out: the idle probe's own.
         shape = (rows + 1, decoder.kv_heads, max_model_len, decoder.head_dim)
         self._keys = [lazy_zeros(shape, decoder.dtype, decoder.device) for _ in decoder.layers]
@@ -123,6 +129,10 @@ class LlamaRunner:
         x = x[self._sampling_tokens(rows)]
         return d.head(F.rms_norm(x, x.shape[-1:], d.norm, d.eps))
 
+    def _padded(self, length: int, least: int) -> int:
+        """How many keys to attend to, masked ones included, for `length` that count."""
+        return min(self._max_model_len, max(least, -(-length // _KEY_BLOCK) * _KEY_BLOCK))
+
     def _tokens(self, rows: Sequence[RowPlan]) -> Tensor:
         """Flat input ids: prompt tokens from the plan, a decode row's from what was sampled last on the device."""
         fed = torch.tensor([t for r in rows for t in (r.tokens or (0,))], dtype=torch.long, device=self._d.device)
@@ -160,7 +170,8 @@ class LlamaRunner:
         if not decoding:
             return None
         d = self._d
-        span, length = max(r.row for r in decoding) + 1, max(r.start for r in decoding) + 1
+        span = max(r.row for r in decoding) + 1
+        length = self._padded(max(r.start for r in decoding) + 1, _DECODE_KEYS)
         at = torch.zeros(span, dtype=torch.long)  # an absent row of the prefix attends to its own position 0
         at[[r.row for r in decoding]] = torch.tensor([r.start for r in decoding])
         mask = torch.zeros(span, 1, 1, length, dtype=d.dtype)
@@ -181,8 +192,9 @@ class LlamaRunner:
         for row in rows:
             if row.tokens:
                 end = row.start + row.length
-                mask = torch.zeros(row.length, end, dtype=d.dtype)
-                mask.masked_fill_(torch.arange(end) > torch.arange(row.start, end)[:, None], float("-inf"))
+                keys = self._padded(end, _PREFILL_KEYS)
+                mask = torch.zeros(row.length, keys, dtype=d.dtype)
+                mask.masked_fill_(torch.arange(keys) > torch.arange(row.start, end)[:, None], float("-inf"))
                 mask = mask.repeat(d.heads // d.kv_heads, 1).to(d.device)
                 found.append(_Chunk(first, first + row.length, row.row, row.start, end, mask))
             first += row.length
@@ -219,8 +231,8 @@ class LlamaRunner:
             queries = grouped[chunk.first : chunk.last].permute(1, 2, 0, 3)  # (kv, group, C, d)
             result = F.scaled_dot_product_attention(
                 queries.flatten(1, 2)[None],
-                keys[None, chunk.row, :, : chunk.end],
-                values[None, chunk.row, :, : chunk.end],
+                keys[None, chunk.row, :, : chunk.mask.shape[1]],
+                values[None, chunk.row, :, : chunk.mask.shape[1]],
                 attn_mask=chunk.mask[None, None],
             )
             out[chunk.first : chunk.last] = result[0].unflatten(1, queries.shape[1:3]).permute(2, 0, 1, 3)

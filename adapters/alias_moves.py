@@ -50,10 +50,11 @@ def expect(name: str, alias: str, now: AliasRecord | None, expected: Expected) -
 def move(connection: sa.Connection, tenant: str, order: Order, at: datetime) -> Move:
     """Move an alias and write the history row.
 
-    Pointing it where it points already changes nothing and is no move: the move that brought it there is returned.
+    Pointing it where it points already changes nothing and is no move: the move that brought it there is returned. A
+    forced move is written down even so, for its reason.
     """
     now = current(connection, tenant, order.name, order.alias)
-    if now is not None and now.number == order.to_number:
+    if now is not None and now.number == order.to_number and order.action is not MoveAction.FORCED:
         return next(m for m in log(connection, tenant, order.name, order.alias) if m.generation == now.generation)
     made = Move(
         name=order.name,

@@ -50,16 +50,21 @@ _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 class HttpDoor:
-    """A registry at `url`, such as http://127.0.0.1:8000. `key` is sent as a bearer token.
+    """A registry at `url`, such as http://127.0.0.1:8000. `key` is sent as a bearer token, `who` as the user's name.
 
     Raises ServerUnreachable when nobody answers there; otherwise what the server raised.
     """
 
-    def __init__(self, url: str, key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self, url: str, key: str | None = None, transport: httpx.BaseTransport | None = None, who: str = ""
+    ) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._client = httpx.Client(
             base_url=self._url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={
+                **({"Authorization": f"Bearer {key}"} if key else {}),
+                **({"X-Loraplane-User": who} if who.isascii() and who.isprintable() else {}),
+            },
             timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             transport=transport,
             # A proxy of the environment must not come between us and our own machine.

@@ -184,7 +184,7 @@ def open_door(home: Home, url: str | None = None, key: str | None = None) -> Reg
         # Imported here: most commands are local and need no HTTP client.
         from adapters.http_door import HttpDoor
 
-        return HttpDoor(address, key or os.environ.get(API_KEY_VARIABLE))
+        return HttpDoor(address, key or os.environ.get(API_KEY_VARIABLE), who=whoami())
     # Imported here: SQLAlchemy costs a third of a second, and a remote registry does not need it.
     from adapters.registry import Registry
 

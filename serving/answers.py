@@ -314,7 +314,7 @@ def engine_error(failed: Failed, model: str) -> LoraplaneError:
         case AdapterCapacity.code:
             return AdapterCapacity("Every adapter slot is in use; try again in a moment.", hint or 1.0)
         case NotReady.code:
-            return NotReady("No engine takes requests just now.", hint or 2.0)
+            return NotReady("The engine or the server stops, or starts anew; send the request again.", hint or 2.0)
         case EngineLost.code:
             return EngineLost("The engine was lost while it worked on this request.", hint or 2.0)
         case AdapterLoadFailed.code:

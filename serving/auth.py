@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,12 +14,24 @@ from serving.config import KEY_PREFIX
 
 _MAX_HEADER_CHARS = 512
 
+USER_HEADER = "x-loraplane-user"
+_CLAIM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", re.ASCII)
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who made a request, in a form that may be written down: `local`, or `key-` and 8 hex digits of its digest."""
+    """Who made a request, in a form that may be written down: `local`, or `key-` and 8 hex digits of its digest.
+
+    A client may add a name for itself (header X-Loraplane-User), as in `alice@local`: said, not proven.
+    """
 
     name: str
+
+    def named(self, claimed: str | None) -> Caller:
+        """The same caller under the name it gives itself, before what proved it; no name, no change."""
+        if claimed is None or _CLAIM.fullmatch(claimed) is None:
+            return self
+        return Caller(f"{claimed}@{self.name}")
 
 
 LOCAL = Caller("local")

@@ -126,3 +126,20 @@ def test_a_slot_keeps_nothing_of_the_adapter_before(decoder: Decoder, tiny_adapt
             fresh.add_reference(site, [1, 1, 1], x, b)
             for left, right in zip(a, b, strict=True):
                 torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_products_rows_do_not_depend_on_how_many_there_are() -> None:
+    from serving.engine.linear import FrozenLinear, packs
+
+    if not packs(torch.bfloat16, torch.device("cpu")):
+        pytest.skip("this machine packs no bfloat16 weights")
+    print(f"seed {SEED}")
+    torch.manual_seed(SEED)
+    rng = random.Random(SEED)
+    x = torch.randn(300, 1536).bfloat16()
+    linear = FrozenLinear((torch.randn(576, 1536) * 0.05).bfloat16())
+    whole = linear(x)
+    for _ in range(300):
+        count = rng.choice([1, 1, 1, 2, 3, 5, 8, 16, 17, 33, 64, 100])
+        start = rng.randrange(300 - count)
+        assert torch.equal(linear(x[start : start + count].contiguous()), whole[start : start + count])

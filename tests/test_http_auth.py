@@ -154,3 +154,10 @@ async def test_a_public_server_answers_to_any_name_unless_told(tmp_path: Path) -
 
     assert await status(tmp_path / "a") == 200
     assert await status(tmp_path / "b", allowed_hosts=("other.example",)) == 421
+
+
+def test_a_client_may_name_itself_beside_what_proved_it() -> None:
+    local = KeyRing([]).caller(None)
+    assert local.named("alice").name == "alice@local"
+    for claim in (None, "", "a\nb", "x" * 65, "<b>", "a b", "a@b"):
+        assert local.named(claim).name == "local"

@@ -17,7 +17,7 @@ from adapters.strict_json import read_strict
 from serving.api.errors import from_validation
 from serving.api.schemas import Closed
 from serving.api.services import services_of
-from serving.auth import Caller
+from serving.auth import USER_HEADER, Caller
 
 # Who answers without a key. Every other route needs one as soon as keys are configured: deny by default.
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
@@ -56,7 +56,8 @@ class StrictRoute(APIRoute):
         async def handle(request: Request) -> Response:
             services = services_of(request)
             if self.path not in OPEN_PATHS:
-                request.state.caller = services.keys.caller(request.headers.get("authorization"))
+                proven = services.keys.caller(request.headers.get("authorization"))
+                request.state.caller = proven.named(request.headers.get(USER_HEADER))
             if self.path not in WHILE_DRAINING:
                 services.gateway.admission.check_open()
             if self.body_field is None:

@@ -40,7 +40,7 @@ class FrozenLinear:
         if self._packed:
             # A lone row goes another way through oneDNN and rounds differently; two rows go the way of all other
             # counts, and a row's result then does not depend on its batch.
-            rows = x if x.shape[0] > 1 else x.expand(2, -1).contiguous()
+            rows = x.expand(2, -1).contiguous() if x.shape[0] == 1 else x
             y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
             return y[: x.shape[0]]
         return F.linear(x, self._weight, self._bias)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from adapters.home import Home
+from adapters.registry import Registry
+from tests.adapter_factory import base_record
+from tests.adapter_homes import fresh_schema, postgres
 
 # Before torch is imported by any test: two threads that spin on a busy machine are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,3 +48,27 @@ def tiny_adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         save_adapter(tiny_base, root / "e", 5, rank=16, alpha=4, targets=("gate_proj", "o_proj", "k_proj")),
         save_adapter(tiny_base, root / "f", 6),
     ]
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    with postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """An empty home whose registry is on SQLite, or in a fresh schema of the test run's Postgres."""
+    monkeypatch.delenv("LORAPLANE_DATABASE_URL", raising=False)
+    if request.param == "postgres":
+        url: str = request.getfixturevalue("postgres_url")
+        monkeypatch.setenv("LORAPLANE_DATABASE_URL", fresh_schema(url))
+    return Home.find(tmp_path / "home")
+
+
+@pytest.fixture
+def registry(home: Home) -> Iterator[Registry]:
+    opened = Registry.open(home)
+    opened.add_base(base_record())
+    yield opened
+    opened.close()

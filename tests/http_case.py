@@ -94,10 +94,10 @@ def served(case: Case) -> Iterator[str]:
         yield f"{URL}:{port}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(30)
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Poll until the condition holds. Raises TimeoutError."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -374,7 +374,7 @@ def test_a_header_at_its_limits_is_refused_in_bounded_time() -> None:
     text = "{" + "".join(entry % i for i in range(MAX_TENSORS + 1))
     began = time.process_time()
     assert reason_of(raw_safetensors((text[:-1] + "}").encode(), b"")) is Reason.TENSOR_SET
-    assert time.process_time() - began < 0.1
-    began = time.process_time()
     assert reason_of(raw_safetensors(b'{"a":[' + b"0," * 520_000 + b"0]}", b"")) is Reason.HEADER_JSON
-    assert time.process_time() - began < 0.5
+    spent = time.process_time() - began
+    print(f"{spent * 1000:.0f} ms of CPU")
+    assert spent < 3  # some 100 ms here; what is quadratic in 520,000 entries takes minutes

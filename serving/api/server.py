@@ -12,9 +12,11 @@ from serving.config import EdgeSettings
 
 
 def bounded_protocol(header_timeout_s: float) -> type[H11Protocol]:
-    """An HTTP/1.1 protocol that closes a connection whose first request has not come in time.
+    """An HTTP/1.1 protocol with a deadline for the first request, and one answer when the bytes stop being HTTP.
 
-    uvicorn bounds the size of a header but not its time: without this, half-open connections live for ever.
+    uvicorn bounds the size of a header but not its time: without this, half-open connections live for ever. And a
+    request whose body breaks the protocol has had its 400 from uvicorn while the app still works on it: without this,
+    whatever the app says next is an exception and a traceback in the log, at the price of a few bytes.
     """
 
     class BoundedProtocol(H11Protocol):
@@ -28,6 +30,12 @@ def bounded_protocol(header_timeout_s: float) -> type[H11Protocol]:
             if self._header_timer is not None:
                 self._header_timer.cancel()
             super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            super().send_400_response(msg)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.disconnected = True  # as if the client had left: its answer is on the way
+                self.cycle.message_event.set()
 
         def _no_request(self) -> None:
             if self.cycle is None and not self.transport.is_closing():

@@ -24,7 +24,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_FILE = "prompt_format.json"
 MAX_FORMAT_BYTES = 64 << 10
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?", re.ASCII)
 
 Files = Mapping[str, Path | bytes]
 
@@ -176,7 +176,7 @@ def bind(
     if named:
         return named[0], BoundBy.NAME
     if _HUB_ID.fullmatch(spec.base_name):
-        # A path says where the training machine kept its base; an id of a hub says which base it was.
+        # A path says where the training machine kept its base; an id of a hub, `gpt2` too, says which base it was.
         raise _wrong_base(
             f"its config names {spec.base_name!r}, and here is {', '.join(base.name for base in bases[:5])}; pull that "
             f"base, or say --base NAME if it is one of these under another name"

@@ -24,6 +24,7 @@ from adapters.home import Home
 SERVER_DEADLINE_S = 180.0
 _POLL_S = 0.1
 _KILL_WAIT_S = 5.0
+_STARTED: set[Child] = set()  # and not yet stopped
 
 
 class ServerFailed(Exception):
@@ -46,11 +47,16 @@ class Child:
         stderr: IO[str] | int = subprocess.DEVNULL,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        self.popen = subprocess.Popen(
-            list(command), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, text=True, bufsize=1,
-            start_new_session=True, env={**os.environ, **(env or {})},
-        )  # fmt: skip
         self._family: dict[int, psutil.Process] = {}
+        # A Ctrl-C between the fork and the caller's `with` would leave a process that nobody knows.
+        with _impatience() as interrupted:
+            self.popen = subprocess.Popen(
+                list(command), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, text=True, bufsize=1,
+                start_new_session=True, env={**os.environ, **(env or {})},
+            )  # fmt: skip
+            _STARTED.add(self)
+        if interrupted():
+            raise KeyboardInterrupt
         self.look()
 
     @property
@@ -91,6 +97,7 @@ class Child:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(left, timeout=_KILL_WAIT_S)
+            _STARTED.discard(self)
 
     def __enter__(self) -> Child:
         return self
@@ -142,7 +149,7 @@ def is_ready(url: str) -> bool:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end us as Ctrl-C does: through every `finally` on the way."""
+    """SIGTERM and SIGHUP end us as Ctrl-C does: through every `finally` on the way. No child of ours outlives this."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -152,13 +159,15 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
+        for child in tuple(_STARTED):
+            child.stop()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def _impatience() -> Iterator[_Hurry]:
-    """While we clean up, further signals only shorten the waiting: they must not leave processes behind."""
+    """While we start a process or clean up, signals are only noted: they must not leave processes behind."""
     hurry = _Hurry()
     try:
         before = {n: signal.signal(n, hurry.on_signal) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

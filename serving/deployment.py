@@ -79,9 +79,11 @@ class EngineCluster:
             num_gpus=gpus,
         )
         serve.start(proxy_location=ProxyLocation.Disabled, http_options=HTTPOptions(host="127.0.0.1"))
-        self._handle = serve.run(
-            _deployment(gpus).bind(self._config, str(self._sockets), self._token), name=APP, route_prefix=None
-        )
+        bound = _deployment(gpus).bind(self._config, str(self._sockets), self._token)
+        try:
+            self._handle = serve.run(bound, name=APP, route_prefix=None)
+        except RuntimeError as error:
+            raise RuntimeError(_cause() or str(error)) from None
 
     async def locate(self) -> Address:
         """The address of a living replica. Raises ConnectionError while there is none."""
@@ -98,6 +100,14 @@ class EngineCluster:
         """Take everything down."""
         if ray.is_initialized():
             ray.shutdown()  # the cluster is ours alone and goes as a whole, Serve with it
+
+
+def _cause() -> str:
+    """Why the replica could not be made, as its own constructor said it; Serve's exception only says that it failed."""
+    application = serve.status().applications.get(APP)
+    told = application.deployments["engine"].message if application and "engine" in application.deployments else ""
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def _deployment(gpus: int) -> Deployment:

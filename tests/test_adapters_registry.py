@@ -166,6 +166,7 @@ REFUSED: dict[str, tuple[dict[str, bytes], Reason]] = {
     ),
     "wrong base by digest": (adapter_files(base_digest="0" * 64), Reason.WRONG_BASE),
     "wrong base by hub id": (adapter_files(base="Other/model-7b"), Reason.WRONG_BASE),
+    "wrong base by a hub id of one word": (adapter_files(base="gpt2"), Reason.WRONG_BASE),
     "wrong base by shape": (
         {"adapter_config.json": lora_config(base=""), "adapter_model.safetensors": lora_weights(shapes=modules(32))},
         Reason.SHAPE,

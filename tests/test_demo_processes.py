@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from loadtests.processes import Child
+from loadtests.processes import Child, interruptible
 
 ROOT = Path(__file__).resolve().parents[1]
 # A child that will not hear SIGTERM, with a grandchild in a session of its own; it tells the grandchild's pid.
@@ -77,6 +78,23 @@ def test_a_child_that_hears_is_given_the_time_to_end() -> None:
     child.popen.stdout.readline()
     child.stop(grace_s=30)
     assert child.popen.returncode == 7
+
+
+def test_a_signal_while_a_child_is_being_started_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal falls between the fork and the moment at which the caller could know of the child."""
+    pids: list[int] = []
+
+    class Popen(subprocess.Popen[str]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            pids.append(self.pid)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        Child([sys.executable, "-c", "import time; time.sleep(600)"])
+    assert len(pids) == 1
+    assert not lives(pids[0])
 
 
 @pytest.fixture

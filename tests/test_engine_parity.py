@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters.errors import BaseUnsupported
 from serving.engine.lora import SlotTensors
-from serving.engine.model import Decoder
+from serving.engine.model import Decoder, pick_device
 from tests.engine_case import EngineCase, load_tiny, read_peft
 from tests.tiny_base import VOCAB, Oracle
 
@@ -144,3 +145,9 @@ def test_a_packed_products_rows_do_not_depend_on_how_many_there_are() -> None:
         count = rng.choice([1, 1, 1, 2, 3, 5, 8, 16, 17, 33, 64, 100])
         start = rng.randrange(300 - count)
         assert torch.equal(linear(x[start : start + count].contiguous()), whole[start : start + count])
+
+
+def test_a_device_that_is_not_here_is_told_by_name() -> None:
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(BaseUnsupported, match=f"no {missing} here"):
+        pick_device(missing)

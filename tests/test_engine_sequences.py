@@ -171,11 +171,16 @@ def test_prompt_and_answer_beyond_the_context_are_refused_before_any_work(decode
 
 
 def test_a_full_queue_refuses_and_what_waits_is_answered(decoder: Decoder) -> None:
-    case = EngineCase(decoder, rows=1, queue_limit=3)
-    keys = [case.submit(PROMPT) for _ in range(6)]
-    case.run()
-    codes = [e.code for key in keys for e in case.answers[key].endings if isinstance(e, Failed)]
-    assert codes == ["queue_full"] * 3
+    """One row and three places: of a burst of seven, four are answered, whether or not a step came in between."""
+    for steps in (0, 1):
+        case = EngineCase(decoder, rows=1, queue_limit=3)
+        keys = [case.submit(PROMPT)]
+        for _ in range(steps):
+            case.step()
+        keys += [case.submit(PROMPT) for _ in range(6)]
+        case.run()
+        codes = [e.code for key in keys for e in case.answers[key].endings if isinstance(e, Failed)]
+        assert codes == ["queue_full"] * 3
 
 
 def test_a_deadline_ends_what_runs_and_what_waits(decoder: Decoder) -> None:

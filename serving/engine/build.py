@@ -12,7 +12,7 @@ from serving.engine.engine import Engine, Sink
 from serving.engine.families import check_family
 from serving.engine.kv import RowTable
 from serving.engine.lora import SlotTensors
-from serving.engine.model import load_decoder, pick_dtype
+from serving.engine.model import load_decoder, pick_device, pick_dtype
 from serving.engine.request import EngineFacts
 from serving.engine.runner import LlamaRunner
 from serving.engine.scheduler import Limits, Scheduler
@@ -23,7 +23,7 @@ from serving.loader import HostTier, read_adapter
 def build_engine(config: EngineConfig, sink: Sink) -> Engine:
     """Load the base and make an engine that is ready to start. Takes seconds; raises BaseUnsupported."""
     check_family(config.family)
-    device = torch.device(config.device)
+    device = pick_device(config.device)
     torch.set_num_threads(config.num_threads)
     dtype = pick_dtype(config.dtype, device)
     decoder = load_decoder(Path(config.base_folder), dtype, device, config.max_model_len)

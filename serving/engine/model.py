@@ -53,6 +53,16 @@ class Decoder:
     stop_token_ids: tuple[int, ...]
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of a setting. Raises BaseUnsupported when it is not here."""
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BaseUnsupported(
+            f"there is no {device} here that torch can use; serve with --device cpu, or install a CUDA build of torch"
+        )
+    return device
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype for a setting; `auto` is bfloat16 where the machine computes in it, else float32."""
     if name != "auto":

@@ -208,7 +208,8 @@ class Scheduler:
                     f"{self._limits.max_model_len}.",
                 )
             ]
-        if len(self._waiting) >= self._limits.queue_limit:
+        # A burst between two steps waits beside rows that are still free: those places count too.
+        if len(self._waiting) >= self._limits.queue_limit + self._rows.free:
             return [
                 Failed(submit.id, "queue_full", f"{self._limits.queue_limit} requests wait already.", retry_after_s=1.0)
             ]

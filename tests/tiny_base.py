@@ -38,10 +38,10 @@ def tiny_config() -> LlamaConfig:
     )
 
 
-def save_tiny_base(folder: Path, seed: int = 0) -> Path:
+def save_tiny_base(folder: Path, seed: int = 0, config: LlamaConfig | None = None) -> Path:
     """Save the tiny base in float32; wide random weights, so that greedy answers are not all alike."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config())
+    model = LlamaForCausalLM(config or tiny_config())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -23,6 +23,7 @@ _PROBE = Key((-1, -1))
 _KEY_BLOCK = 64
 _DECODE_KEYS = 128
 _PREFILL_KEYS = 512
+_QUERIES = 32
 
 
 class Runner(Protocol):
@@ -56,7 +57,10 @@ class _Decode:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """One row's prompt chunk: flat tokens first..last-1, cache positions start..end-1. mask: (groups * C, keys)."""
+    """One row's prompt chunk: flat tokens first..last-1, cache positions start..end-1.
+
+    mask: (groups * C, keys) with C rounded up to a multiple of 32; the queries beyond the chunk are dropped again.
+    """
 
     first: int
     last: int
@@ -193,8 +197,9 @@ class LlamaRunner:
             if row.tokens:
                 end = row.start + row.length
                 keys = self._padded(end, _PREFILL_KEYS)
-                mask = torch.zeros(row.length, keys, dtype=d.dtype)
-                mask.masked_fill_(torch.arange(keys) > torch.arange(row.start, end)[:, None], float("-inf"))
+                queries = -(-row.length // _QUERIES) * _QUERIES
+                mask = torch.zeros(queries, keys, dtype=d.dtype)
+                mask.masked_fill_(torch.arange(keys) > torch.arange(row.start, row.start + queries)[:, None], float("-inf"))
                 mask = mask.repeat(d.heads // d.kv_heads, 1).to(d.device)
                 found.append(_Chunk(first, first + row.length, row.row, row.start, end, mask))
             first += row.length
@@ -228,14 +233,16 @@ class LlamaRunner:
         for chunk in chunks:
             keys[chunk.row, :, chunk.start : chunk.end] = k[chunk.first : chunk.last].transpose(0, 1)
             values[chunk.row, :, chunk.start : chunk.end] = v[chunk.first : chunk.last].transpose(0, 1)
-            queries = grouped[chunk.first : chunk.last].permute(1, 2, 0, 3)  # (kv, group, C, d)
+            count = chunk.last - chunk.first
+            padding = (0, 0, 0, -count % _QUERIES)
+            queries = F.pad(grouped[chunk.first : chunk.last].permute(1, 2, 0, 3), padding)  # (kv, group, C, d)
             result = F.scaled_dot_product_attention(
                 queries.flatten(1, 2)[None],
                 keys[None, chunk.row, :, : chunk.mask.shape[1]],
                 values[None, chunk.row, :, : chunk.mask.shape[1]],
                 attn_mask=chunk.mask[None, None],
             )
-            out[chunk.first : chunk.last] = result[0].unflatten(1, queries.shape[1:3]).permute(2, 0, 1, 3)
+            out[chunk.first : chunk.last] = result[0].unflatten(1, queries.shape[1:3])[:, :, :count].permute(2, 0, 1, 3)
         return out.flatten(1)
 
 

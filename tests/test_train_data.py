@@ -59,7 +59,8 @@ def test_held_out_rows_are_the_others_and_equal_prompts_lie_together(tmp_path: P
     doubled = [*ROWS, *({**row, "completion": "another"} for row in ROWS)]
     spec = DataSpec(source=jsonl(tmp_path / "rows.jsonl", doubled), holdout=0.3)
     train, test = training_rows(spec, home), evaluation_rows(spec, home)
-    assert len(train.rows) + len(test.rows) == 120
+    # Every held-out prompt was there twice, and is asked once.
+    assert len(train.rows) + 2 * len(test.rows) == 120
     assert not {r.prompt for r in train.rows} & {r.prompt for r in test.rows}
 
 

@@ -48,11 +48,14 @@ class RowSet:
 
     @property
     def digest(self) -> str:
-        """SHA-256 hex over the rows' canonical JSON, one a line, in order."""
+        """SHA-256 hex over the rows' canonical JSON, one a line, in order.
+
+        Of what is said alone: ids hold the file's path, and the same rows are the same set however a path is typed.
+        """
         digest = hashlib.sha256()
         for row in self.rows:
             turns = [[m.role, m.content] for m in row.messages]
-            digest.update(json.dumps([row.id, turns], separators=(",", ":")).encode() + b"\n")
+            digest.update(json.dumps(turns, separators=(",", ":")).encode() + b"\n")
         return digest.hexdigest()
 
 
@@ -77,8 +80,14 @@ def training_rows(spec: DataSpec, home: Home) -> RowSet:
 
 
 def evaluation_rows(spec: DataSpec, home: Home, limit: int | None = None) -> RowSet:
-    """The held-out rows, shuffled by the data seed. limit: instead of the run's eval_limit. Raises DataRefused."""
-    rows = _limited(_part(spec, home, held_out=True), spec.seed, limit or spec.eval_limit)
+    """The held-out rows, shuffled by the data seed. limit: instead of the run's eval_limit. Raises DataRefused.
+
+    Of rows with one prompt the first alone: a row said twice is no second piece of evidence.
+    """
+    distinct: dict[str, Row] = {}
+    for row in _part(spec, home, held_out=True):
+        distinct.setdefault(prompt_key(row.prompt), row)
+    rows = _limited([*distinct.values()], spec.seed, limit or spec.eval_limit)
     for row in rows:
         if not row.reference.strip():
             raise DataRefused(f"{_title(spec)}: row {row.id} has an empty reference; ROUGE would score it 0 whatever")
@@ -122,6 +131,11 @@ def marked(example: Example, renderer: Renderer) -> str:
     return "".join(parts)
 
 
+def prompt_key(turns: Sequence[Message]) -> str:
+    """What makes two prompts the same prompt: their words, turn by turn; blanks between them do not count."""
+    return json.dumps([" ".join(m.content.split()) for m in turns])
+
+
 def _part(spec: DataSpec, home: Home, *, held_out: bool) -> list[Row]:
     """All rows of one side, in the source's order, long prompts left out."""
     if spec.source == DOCSTRINGS:
@@ -144,7 +158,7 @@ def _part(spec: DataSpec, home: Home, *, held_out: bool) -> list[Row]:
 
 def _held_out(row: Row, share: float) -> bool:
     """Whether a row is for evaluation: by its prompt alone, so that equal prompts lie on the same side."""
-    text = json.dumps([" ".join(m.content.split()) for m in row.prompt])
+    text = prompt_key(row.prompt)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < share * (1 << 64)
 
 
@@ -178,7 +192,7 @@ def _table(source: str, split: str, home: Home) -> Iterable[Mapping[str, Any]]:
     path = Path(source).expanduser()
     reader = _READERS.get(path.suffix.lower())
     if reader is not None and not path.is_file():
-        raise DataRefused(f"there is no file {source}")
+        raise DataRefused(f"there is no file {path.absolute()}")
     try:
         import datasets
     except ImportError as error:

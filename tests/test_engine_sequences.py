@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,21 @@ def test_filters_leave_exactly_the_tokens_they_promise(wishes: dict[str, object]
     assert drawn == allowed
 
 
+@pytest.mark.parametrize(
+    "wishes", [{"temperature": 1e-50}, {"temperature": 1e-300, "top_p": 0.5}, {"temperature": 5e-6, "top_k": 3}]
+)
+def test_a_vanishing_temperature_takes_the_likeliest_token(wishes: dict[str, object]) -> None:
+    assert sample(torch.tensor([[0.0, 3.0, 1.0, 2.9]]), [row(seed=5, **wishes)])[0].token == 1
+
+
+def test_penalties_that_leave_no_finite_number_fail_the_row_alone() -> None:
+    logits = torch.tensor([[1.0, 3.0, -1.0], [1.0, 3.0, -1.0]])
+    bad = replace(row(repetition_penalty=1e-40, temperature=1.0), prompt=(1,))
+    failed, good = sample(logits, [bad, row(temperature=0.0)])
+    assert failed.fault is not None
+    assert (good.fault, good.token) == (None, 1)
+
+
 def test_a_wide_nucleus_looks_beyond_the_head() -> None:
     """Flat over 5,000 tokens, top_p 0.9: more than the 1,024 likeliest are needed, and the last tenth never comes."""
     logits = torch.linspace(0.01, 0, 5000)[None].expand(300, 5000)
@@ -171,11 +187,12 @@ def test_logprobs_are_the_models_own(decoder: Decoder, tiny_base: Path) -> None:
         assert [t for t, _ in event.logprobs[0].top] == expected.topk(3).indices.tolist()
 
 
-def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(decoder: Decoder) -> None:
+def test_a_stop_token_that_was_asked_for_is_the_last_of_the_answer(decoder: Decoder) -> None:
+    """The edge decides whether it shows; the model's own end of text is never part of it."""
     case = EngineCase(decoder)
     free = case.answer(case.submit(PROMPT, max_tokens=10, ignore_eos=True))
     key = case.submit(PROMPT, max_tokens=10, ignore_eos=True, stop_token_ids=(free[4],))
-    assert case.answer(key) == free[: free.index(free[4])]
+    assert case.answer(key) == free[: free.index(free[4]) + 1]
     ending = case.answers[key].endings[0]
     assert isinstance(ending, Finished)
     assert ending.reason is FinishReason.STOP

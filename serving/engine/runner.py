@@ -199,7 +199,9 @@ class LlamaRunner:
                 keys = self._padded(end, _PREFILL_KEYS)
                 queries = -(-row.length // _QUERIES) * _QUERIES
                 mask = torch.zeros(queries, keys, dtype=d.dtype)
-                mask.masked_fill_(torch.arange(keys) > torch.arange(row.start, row.start + queries)[:, None], float("-inf"))
+                mask.masked_fill_(
+                    torch.arange(keys) > torch.arange(row.start, row.start + queries)[:, None], float("-inf")
+                )
                 mask = mask.repeat(d.heads // d.kv_heads, 1).to(d.device)
                 found.append(_Chunk(first, first + row.length, row.row, row.start, end, mask))
             first += row.length

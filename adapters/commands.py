@@ -23,6 +23,7 @@ from adapters.options import (
     opened,
     version_of,
 )
+from adapters.publish import unwritable
 from adapters.records import AdapterSummary, AdapterVersion, BaseRecord, check_adapter_name
 from adapters.registry_door import RegistryDoor, read_format
 from adapters.reports import ROUGE_METRICS, GatePolicy
@@ -178,10 +179,13 @@ def adapters_pull(
     """
     name, number = version_of(model)
     target = into or Path(f"{name}-{number}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InvalidRequest(f"{target} exists and is not an empty folder; choose another with --into", "into")
     with opened(home, url) as door:
-        folder = door.pull(name, number, target, original=original)
+        try:
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise InvalidRequest(f"{target} exists and is not an empty folder; choose another with --into", "into")
+            folder = door.pull(name, number, target, original=original)
+        except OSError as error:
+            raise unwritable(target, error) from error
     if as_json:
         show_json({"object": "adapter.pull", "id": f"{name}@{number}", "folder": str(folder), "original": original})
     else:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.errors import AdapterRefused, Conflict, PayloadTooLarge, Reason, StoreFailed
+from adapters.errors import AdapterRefused, Conflict, InvalidRequest, PayloadTooLarge, Reason
 from adapters.prompts import prompt_format_from_json, prompt_format_to_json
 from adapters.records import AdapterVersion, BaseRecord, BoundBy, PromptFormat
 from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, canonical_config, parse_spec
@@ -211,7 +211,10 @@ def _answers_to(base: BaseRecord, recorded: str) -> bool:
 
 
 def write_folder(into: Path, contents: Mapping[str, bytes]) -> Path:
-    """Write files into a folder, made if absent. Raises Conflict rather than replace a file that differs."""
+    """Write files into a folder, made if absent. Raises Conflict rather than replace a file that differs.
+
+    InvalidRequest when the folder takes no files: it is the caller's, not the registry's.
+    """
     try:
         into.mkdir(parents=True, exist_ok=True)
         for name, data in contents.items():
@@ -223,8 +226,14 @@ def write_folder(into: Path, contents: Mapping[str, bytes]) -> Path:
             staged.write_bytes(data)
             staged.replace(into / name)
     except OSError as error:
-        raise StoreFailed(f"could not write {into}: {error.strerror or error}", retry_after_s=None) from error
+        raise unwritable(into, error) from error
     return into
+
+
+def unwritable(into: Path, error: OSError) -> InvalidRequest:
+    """The refusal of a folder that files were to be written to, with the disk's reason."""
+    why = "it is not a folder" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+    return InvalidRequest(f"no files can be written to {into}: {why or error}; choose another folder", "into")
 
 
 def _refuse_missing(files: Files) -> None:

@@ -122,7 +122,8 @@ def test_passing_report_opens_the_gate(line: Line) -> None:
     assert with_door.report(digest).examples
     assert [r.adapter_digest for r in with_door.reports("summarize", 1)] == [version.digest]
     with_door.close()
-    assert line.json("promote", "summarize@1")["report"] == digest
+    move = line.json("promote", "summarize@1")
+    assert (move["report"], move["why"]) == (digest, "promoted through the gate")
 
 
 def test_policy_changes_one_rule_and_keeps_the_others(line: Line) -> None:
@@ -133,6 +134,15 @@ def test_policy_changes_one_rule_and_keeps_the_others(line: Line) -> None:
     changed = line.json("adapters", "policy", "summarize", "--metric", "rougeL", "--length-ratio", "0.5", "2")
     assert (changed["metric"], changed["min_n"], changed["length_ratio"]) == ("rougeL", 50, [0.5, 2.0])
     assert line("adapters", "policy", "summarize", "--metric", "bleu")[0] == 2
+
+
+def test_a_move_without_a_reason_says_in_the_history_what_it_was(line: Line) -> None:
+    line.publish(seed=1)
+    line.publish(seed=2)
+    for number in (1, 2):
+        line.json("promote", f"summarize@{number}", "--force", "--reason", "test")
+    assert line.json("rollback", "summarize")["why"] == "rolled back"
+    assert line.json("rollback", "summarize", "--to", "2", "--reason", "no, keep it")["why"] == "no, keep it"
 
 
 def test_rollback_goes_one_champion_back_or_to_a_named_one(line: Line) -> None:
@@ -192,6 +202,15 @@ def test_pull_does_not_write_over_files(line: Line) -> None:
     status, _, err = line("adapters", "pull", "summarize@1", "--into", str(line.folder / "out"))
     assert status == 2
     assert "not an empty folder" in err
+
+
+@pytest.mark.parametrize("into", ["/proc/nothing", "/dev/null/x"])
+def test_pull_into_a_folder_that_takes_no_files_is_one_line(line: Line, into: str) -> None:
+    line.publish()
+    status, _, err = line("adapters", "pull", "summarize@1", "--into", into)
+    assert status == 2
+    assert err.startswith(f"error[invalid_value]: no files can be written to {into}: ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

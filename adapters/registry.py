@@ -108,7 +108,7 @@ class Registry:
             return self._shelf.bases(connection)
 
     def base(self, which: str = BASE_ID) -> BaseRecord:
-        """The base of this name, alias or digest; `base` is the first one added, or what `mean_by_base` said.
+        """The base of this name, alias or digest; `base` is the first that can be served, or what `mean_by_base` said.
 
         Raises BaseMissing.
         """

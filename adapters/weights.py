@@ -191,8 +191,8 @@ def check_shapes(
         if key is not None:
             raise AdapterRefused(
                 Reason.CONFIG_FIELD,
-                f"adapter_config.json: {key} leaves {module} out, but there are tensors for it; PEFT would ignore them. "
-                f"Save the adapter again, or mend {key}",
+                f"adapter_config.json: {key} leaves {module} out, but it has tensors, which PEFT would ignore; "
+                f"save the adapter again, or mend {key}",
             )
         rows, columns = modules[module]
         rank = a.shape[0]

@@ -14,10 +14,11 @@ from adapters.options import (
     ReasonOption,
     UrlOption,
     expected_of,
+    name_of,
     opened,
     version_of,
 )
-from adapters.records import Move, check_adapter_name
+from adapters.records import Move
 from adapters.screen import say, show_json, show_table, when
 from adapters.wire import move_to_json, page
 
@@ -63,7 +64,7 @@ def rollback(
 
     Example: loraplane rollback summarize --reason "cuts sentences short"
     """
-    check_adapter_name(name)
+    name_of(name)
     with opened(home, url) as door:
         _tell(door.rollback(name, reason=reason or _ROLLED_BACK, to=to), as_json)
 
@@ -78,7 +79,7 @@ def history(
 
     Example: loraplane history summarize --json
     """
-    check_adapter_name(name)
+    name_of(name)
     with opened(home, url) as door:
         moves = door.history(name)
     if as_json:

@@ -256,6 +256,29 @@ def test_command_on_a_version_wants_its_number(line: Line, model: str) -> None:
     assert line("promote", model)[0] == 2
 
 
+@pytest.mark.parametrize("argv", [("history",), ("rollback", "--reason", "r"), ("adapters", "policy")])
+def test_command_on_an_adapter_says_the_name_to_give_in_place_of_a_version(line: Line, argv: tuple[str, ...]) -> None:
+    """They said `publish under a bare name` to somebody who published nothing."""
+    for model in ("summarize@1", "summarize@champion"):
+        status, _, err = line(*argv, model)
+        assert status == 2
+        assert f"give summarize for {model}" in err
+        assert "publish" not in err
+    status, _, err = line(*argv, "base")
+    assert (status, "base is the base, not an adapter" in err) == (2, True)
+
+
+def test_one_version_is_shown_by_its_number_or_by_an_alias(line: Line) -> None:
+    first, second = line.publish(), line.publish(seed=1)
+    line.json("adapters", "alias", "summarize@1", "canary")
+    assert line.json("adapters", "show", "summarize@2") == second
+    assert line.json("adapters", "show", "summarize@canary") == first
+    _, out, _ = line("adapters", "show", "summarize@canary")
+    assert [row.split()[:2] for row in out.splitlines()[1:]] == [["summarize@1", "canary"]]
+    status, _, err = line("adapters", "show", "summarize@3")
+    assert (status, "summarize@2" in err) == (4, True)
+
+
 def test_command_goes_through_the_server_that_holds_the_home(tmp_path: Path) -> None:
     home = Home.find(tmp_path)
     lock = home.hold(ServerNote("http://127.0.0.1:8123", 1))

@@ -12,13 +12,12 @@ import structlog
 
 from adapters.base_digest import read_json
 from adapters.bases import open_base, pull
-from adapters.errors import BaseMissing
 from adapters.home import Home
 from adapters.records import BASE_ID, BaseRecord
 from adapters.registry import Registry
 from serving.config import EdgeSettings, load_settings
 from serving.engine.config import EngineConfig
-from serving.engine.families import FAMILIES, check_family
+from serving.engine.families import check_family
 from serving.server import Parts, bind, run_server, socket_folder
 
 
@@ -86,9 +85,7 @@ def find_base(which: str, home: Home, registry: Registry) -> tuple[BaseRecord, P
     `base` is the first base that can be served. Raises BaseMissing, or BaseUnsupported before anything is remembered.
     """
     folder = Path(which).expanduser()
-    if which == BASE_ID:
-        record = _first_served(registry.bases())
-    elif "/" in which or folder.is_dir():
+    if which != BASE_ID and ("/" in which or folder.is_dir()):
         if (folder / "config.json").is_file():
             check_family(str(read_json(folder / "config.json").get("model_type", "")))  # before gigabytes are copied
         record = pull(which, home, _ServedShelf(registry), _say)
@@ -96,12 +93,6 @@ def find_base(which: str, home: Home, registry: Registry) -> tuple[BaseRecord, P
         record = registry.base(which)
     check_family(record.family)
     return record, open_base(home, record)
-
-
-def _first_served(bases: Sequence[BaseRecord]) -> BaseRecord:
-    if not bases:
-        raise BaseMissing("no base is on this machine yet; run: loraplane models pull smollm2-135m")
-    return next((base for base in bases if base.family in FAMILIES), bases[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from adapters.errors import BaseMissing, BaseUnsupported
 from adapters.home import Home
 from adapters.records import BaseRecord
 from adapters.registry import Registry
+from serving.server import socket_folder
 from serving.start import find_base
 
 
@@ -82,3 +87,20 @@ def test_publishing_for_base_means_the_base_that_is_served(registry: Registry) -
     assert registry.base() == second
     files = adapter_files(base="Tests/second-Instruct")
     assert registry.publish("sum", files, base="base", who="t").base_digest == second.digest
+
+
+def test_socket_folders_of_killed_servers_are_swept_and_those_of_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead = tmp_path / f"loraplane-{int(gone.stdout)}-abc"
+    living, foreign = tmp_path / f"loraplane-{os.getppid()}-abc", tmp_path / "loraplane-demo-xyz"
+    for folder in (dead, living, foreign):
+        folder.mkdir()
+        (folder / "socket").touch()
+    with socket_folder() as mine:
+        assert mine.parent == tmp_path
+        assert mine.stat().st_mode & 0o077 == 0
+        assert sorted(tmp_path.iterdir()) == sorted([living, foreign, mine])
+    assert sorted(tmp_path.iterdir()) == sorted([living, foreign])

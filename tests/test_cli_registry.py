@@ -76,6 +76,15 @@ def test_published_folder_is_listed_and_shown(line: Line) -> None:
     assert shown["champion"] is None
 
 
+def test_note_of_several_lines_is_one_row_and_whole_in_json(line: Line) -> None:
+    folder = write_adapter(line.folder / "peft")
+    told = "first\nsummarize@2  champion"
+    assert line("adapters", "publish", "summarize", str(folder), "--note", told)[0] == 0
+    _, out, _ = line("adapters", "show", "summarize")
+    assert len(out.splitlines()) == 2
+    assert line.json("adapters", "show", "summarize@1")["note"] == told
+
+
 def test_text_output_names_version_and_next_step(line: Line) -> None:
     folder = write_adapter(line.folder / "peft")
     status, out, _ = line("adapters", "publish", "summarize", str(folder), "--note", "first")

@@ -89,18 +89,23 @@ def test_publishing_for_base_means_the_base_that_is_served(registry: Registry) -
     assert registry.publish("sum", files, base="base", who="t").base_digest == second.digest
 
 
-def test_socket_folders_of_killed_servers_are_swept_and_those_of_living_ones_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder whose name leaves room for a socket's."""
+    with tempfile.TemporaryDirectory(prefix="lp-") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def test_socket_folders_of_killed_servers_are_swept_and_those_of_living_ones_stay(short: Path) -> None:
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    dead = tmp_path / f"loraplane-{int(gone.stdout)}-abc"
-    living, foreign = tmp_path / f"loraplane-{os.getppid()}-abc", tmp_path / "loraplane-demo-xyz"
+    dead = short / f"loraplane-{int(gone.stdout)}-abc"
+    living, foreign = short / f"loraplane-{os.getppid()}-abc", short / "loraplane-demo-xyz"
     for folder in (dead, living, foreign):
         folder.mkdir()
         (folder / "socket").touch()
     with socket_folder() as mine:
-        assert mine.parent == tmp_path
+        assert mine.parent == short
         assert mine.stat().st_mode & 0o077 == 0
-        assert sorted(tmp_path.iterdir()) == sorted([living, foreign, mine])
-    assert sorted(tmp_path.iterdir()) == sorted([living, foreign])
+        assert sorted(short.iterdir()) == sorted([living, foreign, mine])
+    assert sorted(short.iterdir()) == sorted([living, foreign])

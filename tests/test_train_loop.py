@@ -316,7 +316,7 @@ def test_rows_that_are_tested_on_are_not_trained_on(tmp_path: Path, tiny_base: P
         prepared = job.prepare(case.run(), case.home, door)
     finally:
         door.close()
-    assert (prepared.leaked, len(prepared.rows.rows)) == (10, 54)
+    assert (prepared.rows.leaked, len(prepared.rows.rows)) == (10, 54)
 
 
 def test_cancelled_is_what_a_stop_raises() -> None:

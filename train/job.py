@@ -34,7 +34,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run with everything that is known before the first step. leaked: rows left out because they are tested on."""
+    """A run with everything that is known before the first step."""
 
     run: TrainRun
     base: BaseRecord
@@ -45,7 +45,6 @@ class Prepared:
     plan: Plan
     digest: str
     folder: Path
-    leaked: int
     pad_id: int
     shown: tuple[str, ...]
 
@@ -61,7 +60,8 @@ class Prepared:
             "data_digest": self.rows.digest,
             "held_out_rows": 0 if self.held_out is None else len(self.held_out.rows),
             "held_out_digest": None if self.held_out is None else self.held_out.digest,
-            "left_out_because_held_out": self.leaked,
+            "left_out_because_held_out": self.rows.leaked,
+            "repeated_rows": self.rows.repeated,
             "steps": len(self.plan.batches),
             "padding_share": round(self.plan.padding, 4),
             "truncated_share": round(self.examples.truncated / len(self.examples.examples), 4),
@@ -109,12 +109,8 @@ def prepare(run: TrainRun, home: Home, door: RegistryDoor) -> Prepared:
         if run.gate is not None:
             raise
         held_out = None  # nothing to evaluate on, and nothing asks for it
-    tested = {r.prompt for r in held_out.rows} if held_out else set()
-    kept = RowSet(rows.name, tuple(r for r in rows.rows if r.prompt not in tested))
-    if not kept.rows:
-        raise DataRefused(f"{rows.name}: every row is in the evaluation set too; nothing is left to train on")
     renderer = Renderer(folder)
-    examples = data.render(kept, renderer, run.prompt_format.record(), run.max_length)
+    examples = data.render(rows, renderer, run.prompt_format.record(), run.max_length)
     batches = plan(
         [len(e.ids) for e in examples.examples],
         epochs=run.optim.epochs,
@@ -125,18 +121,17 @@ def prepare(run: TrainRun, home: Home, door: RegistryDoor) -> Prepared:
         fraction=run.optim.fraction,
     )
     code = f"loraplane {metadata.version('loraplane')}"
-    digest = run.digest(base_digest=base.digest, data_digest=kept.digest, code=code)
+    digest = run.digest(base_digest=base.digest, data_digest=rows.digest, code=code)
     return Prepared(
         run=run,
         base=base,
         base_folder=folder,
-        rows=kept,
+        rows=rows,
         held_out=held_out,
         examples=examples,
         plan=batches,
         digest=digest,
         folder=home.runs / f"{run.name}-{digest[:12]}",
-        leaked=len(rows.rows) - len(kept.rows),
         pad_id=renderer.pad_token_id,
         shown=tuple(data.marked(e, renderer) for e in examples.examples[:_SHOWN]),
     )

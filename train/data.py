@@ -42,8 +42,9 @@ class Row:
 class RowSet:
     """Rows in the order of use, with a name for people and a digest for programmes.
 
-    Of rows to train on also: leaked, how many were left out because they show what is tested; repeated, how many say
-    what an earlier one says.
+    leaked: how many rows to train on were left out because they show what is tested. repeated: of rows to train on how
+    many say what an earlier one says, of rows to evaluate on how many were left out because an earlier one asks the
+    same.
     """
 
     name: str
@@ -102,14 +103,15 @@ def evaluation_rows(spec: DataSpec, home: Home, limit: int | None = None) -> Row
 
     Of rows with one prompt the first alone: a row said twice is no second piece of evidence.
     """
+    tested = _tested(spec, home)
     distinct: dict[str, Row] = {}
-    for row in _tested(spec, home):
+    for row in tested:
         distinct.setdefault(prompt_key(row.prompt), row)
     rows = _limited([*distinct.values()], spec.seed, limit or spec.eval_limit)
     for row in rows:
         if not row.reference.strip():
             raise DataRefused(f"{_title(spec)}: row {row.id} has an empty reference; ROUGE would score it 0 whatever")
-    return RowSet(f"{_title(spec)}/test", tuple(rows))
+    return RowSet(f"{_title(spec)}/test", tuple(rows), repeated=len(tested) - len(distinct))
 
 
 def render(rows: RowSet, renderer: Renderer, fmt: PromptFormat, max_length: int) -> ExampleSet:

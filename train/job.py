@@ -25,6 +25,7 @@ from adapters.runs import TrainRun
 from adapters.shelf import chosen_base
 from train import data
 from train.batching import Plan, plan
+from train.checks import cautions, check_publishable, check_rate
 from train.data import ExampleSet, RowSet
 from train.progress import Reporter
 
@@ -47,6 +48,7 @@ class Prepared:
     folder: Path
     pad_id: int
     shown: tuple[str, ...]
+    cautions: tuple[str, ...]
 
     def summary(self) -> dict[str, object]:
         """What `--dry-run` tells, as plain JSON values."""
@@ -67,6 +69,7 @@ class Prepared:
             "truncated_share": round(self.examples.truncated / len(self.examples.examples), 4),
             "loss_tokens": self.examples.loss_tokens,
             "tokens": sum(len(e.ids) for e in self.examples.examples),
+            "warnings": list(self.cautions),
         }
 
 
@@ -101,6 +104,7 @@ def prepare(run: TrainRun, home: Home, door: RegistryDoor) -> Prepared:
     base = chosen_base(door.bases(), run.base)
     # Else an adapter is trained and published that nothing can serve.
     check_family(base.family)
+    check_publishable(run, base, door)
     folder = open_base(home, base)
     rows = data.training_rows(run.data, home)
     try:
@@ -120,6 +124,7 @@ def prepare(run: TrainRun, home: Home, door: RegistryDoor) -> Prepared:
         max_steps=run.optim.max_steps,
         fraction=run.optim.fraction,
     )
+    check_rate(run.optim, len(batches.batches))
     code = f"loraplane {metadata.version('loraplane')}"
     digest = run.digest(base_digest=base.digest, data_digest=rows.digest, code=code)
     return Prepared(
@@ -134,6 +139,7 @@ def prepare(run: TrainRun, home: Home, door: RegistryDoor) -> Prepared:
         folder=home.runs / f"{run.name}-{digest[:12]}",
         pad_id=renderer.pad_token_id,
         shown=tuple(data.marked(e, renderer) for e in examples.examples[:_SHOWN]),
+        cautions=cautions(run, held_out, len(batches.batches)),
     )
 
 

@@ -107,7 +107,8 @@ def eval_run(
     """
     # Imported here: `--help` must answer at once.
     from adapters.wire import decision_to_json, report_to_json
-    from train.evaluate import Question, evaluate
+    from train.asked import Question
+    from train.evaluate import evaluate
     from train.progress import reporter
     from train.show import markdown as as_markdown
     from train.show import show_report

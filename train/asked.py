@@ -64,7 +64,8 @@ def subject_of(door: RegistryDoor, question: Question) -> Subject:
         )
     champion = None if summary.champion is None else numbered(summary, summary.champion)
     rival = rival_of(version, champion)
-    return Subject(version, base, rival, _run_of(version), apart=None if rival is not None else champion)
+    apart = champion if champion is not None and champion.base_digest != version.base_digest else None
+    return Subject(version, base, rival, _run_of(version), apart)
 
 
 def numbered(summary: AdapterSummary, number: int) -> AdapterVersion:

@@ -125,8 +125,8 @@ def check_lengths(
         length, row = max(too_long, key=lambda pair: pair[0])
         raise DataRefused(
             f"{len(too_long)} of {len(rows)} rows are too long; the longest, {row.id}, has {length} tokens, and with "
-            f"{max_tokens} for the answer {limit} is the most. Leave such rows out (data.max_chars does), or lower "
-            f"--max-tokens; a server of your own may hold more (loraplane serve --max-model-len)"
+            f"{max_tokens} for the answer {limit} is the most that the server holds. Leave such rows out "
+            f"(data.max_chars in the run does), or lower --max-tokens"
         )
 
 

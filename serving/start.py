@@ -12,12 +12,12 @@ import structlog
 
 from adapters.base_digest import read_json
 from adapters.bases import open_base, pull
+from adapters.families import check_family
 from adapters.home import Home
 from adapters.records import BASE_ID, BaseRecord
 from adapters.registry import Registry
 from serving.config import EdgeSettings, load_settings
 from serving.engine.config import EngineConfig
-from serving.engine.families import check_family
 from serving.server import Parts, bind, run_server, socket_folder
 
 

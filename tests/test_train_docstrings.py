@@ -66,7 +66,7 @@ def test_a_source_that_says_the_whole_sentence_is_left_out(tmp_path: Path) -> No
         "Too short.",
         "One line that goes on\n    in the next line without an end",
         "See https://example.org for more on this.",
-        "TODO: say what this function does.",
+        "Todo: say what this function does.",
         ":meth:`other` of the parent class is called.",
         "Zählt alle Zeilen einer Tabelle.",
         " ".join(["word"] * 30),

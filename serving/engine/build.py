@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from adapters.families import check_family
 from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine, Sink
-from serving.engine.families import check_family
 from serving.engine.kv import RowTable
 from serving.engine.lora import SlotTensors
 from serving.engine.model import load_decoder, pick_device, pick_dtype

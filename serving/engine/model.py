@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import BaseUnsupported
-from serving.engine.families import check_family
+from adapters.families import check_family
 from serving.engine.linear import FrozenLinear
 from serving.engine.lora import Site
 

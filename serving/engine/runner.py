@@ -19,7 +19,8 @@ from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan, StepResult
 
 _PROBE = Key((-1, -1))
 # The CPU's attention kernel rounds differently for different numbers of keys and chunk lengths. With these paddings
-# (all further keys masked) a row's bfloat16 result is bit for bit the same whatever shares its step: measured.
+# (all further keys masked, all further queries dropped) a row's bfloat16 result is bit for bit the same whatever shares
+# its step: measured.
 _KEY_BLOCK = 64
 _DECODE_KEYS = 128
 _PREFILL_KEYS = 512

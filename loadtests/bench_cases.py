@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from serving.engine.lora import HostAdapter, SlotTensors
+from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.request import Sampling
-from serving.engine.runner import LlamaRunner
+from serving.engine.runner import LlamaRunner, make_slots
 from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan
 
 RANK = 16
@@ -121,8 +121,7 @@ class _Ticks:
 
 def make_runner(decoder: Decoder, rows: int, adapters: int) -> LlamaRunner:
     """A runner with so many random adapters of rank 16 on every linear; with none, as if LoRA were disabled."""
-    slots = SlotTensors(decoder.sites, max(1, adapters), decoder.dtype, decoder.device, RANK)
-    runner = LlamaRunner(decoder, rows, MAX_LEN, slots)
+    runner = LlamaRunner(decoder, rows, make_slots(decoder, max(1, adapters), RANK))
     for slot in range(1, adapters + 1):
         runner.install(slot, random_adapter(decoder, slot))
     return runner

@@ -11,10 +11,9 @@ from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine, Sink
 from serving.engine.families import check_family
 from serving.engine.kv import RowTable
-from serving.engine.lora import SlotTensors
 from serving.engine.model import load_decoder, pick_device, pick_dtype
 from serving.engine.request import EngineFacts
-from serving.engine.runner import LlamaRunner
+from serving.engine.runner import LlamaRunner, make_slots
 from serving.engine.scheduler import Limits, Scheduler
 from serving.engine.slots import SlotTable
 from serving.loader import HostTier, read_adapter
@@ -27,8 +26,7 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
     torch.set_num_threads(config.num_threads)
     dtype = pick_dtype(config.dtype, device)
     decoder = load_decoder(Path(config.base_folder), dtype, device, config.max_model_len)
-    tensors = SlotTensors(decoder.sites, config.slots, dtype, device, config.max_rank)
-    runner = LlamaRunner(decoder, config.max_rows, config.max_model_len, tensors)
+    runner = LlamaRunner(decoder, config.max_rows, make_slots(decoder, config.slots, config.max_rank))
     rows, slots = RowTable(config.max_rows), SlotTable(config.slots)
     engines: list[Engine] = []
     host = HostTier(

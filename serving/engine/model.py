@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from adapters.errors import BaseUnsupported
+from serving.engine.attention import Heads
 from serving.engine.families import check_family
 from serving.engine.linear import FrozenLinear
 from serving.engine.lora import Site
+from serving.engine.ops import Norm, Ops, pick_ops
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OUTPUT = ("self_attn.o_proj",)
@@ -25,28 +27,25 @@ SITES_PER_LAYER = 4
 class Layer:
     """One decoder layer. qkv and gate_up are fused along their outputs."""
 
-    input_norm: Tensor
+    heads: Heads
+    attention_norm: Norm
     qkv: FrozenLinear
     out: FrozenLinear
-    post_norm: Tensor
+    mlp_norm: Norm
     gate_up: FrozenLinear
     down: FrozenLinear
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A whole base. cos, sin: (max_model_len, head_dim) rotary tables; sites: four a layer, in layer order."""
+    """A whole base. sites: four a layer, in layer order; ops: what computes between the products."""
 
     embedding: Tensor
     layers: tuple[Layer, ...]
-    norm: Tensor
+    norm: Norm
     head: FrozenLinear
-    cos: Tensor
-    sin: Tensor
-    eps: float
-    heads: int
-    kv_heads: int
-    head_dim: int
+    ops: Ops
+    max_model_len: int
     sites: tuple[Site, ...]
     dtype: torch.dtype
     device: torch.device
@@ -100,10 +99,20 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device, max_mod
     cos, sin = rope(torch.zeros(1, dtype=torch.float32), positions)
     state: dict[str, Tensor] = {k: v.to(device) for k, v in model.state_dict().items()}
     del model
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    heads = Heads(
+        heads=int(config.num_attention_heads),
+        kv=int(config.num_key_value_heads),
+        dim=head_dim,
+        cos=cos[0].to(device=device, dtype=dtype),
+        sin=sin[0].to(device=device, dtype=dtype),
+        scale=head_dim**-0.5,
+    )
+    eps = float(config.rms_norm_eps)
     layers, sites = [], []
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        layers.append(_layer(state, prefix))
+        layers.append(_layer(state, prefix, heads, eps))
         sites += [_site(state, prefix, names) for names in (_ATTENTION, _OUTPUT, _GATE_UP, _DOWN)]
         for name in [k for k in state if k.startswith(prefix)]:
             del state[name]  # packed by now: do not hold the base twice
@@ -112,14 +121,10 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device, max_mod
     return Decoder(
         embedding=embedding,
         layers=tuple(layers),
-        norm=state["model.norm.weight"],
+        norm=Norm(state["model.norm.weight"], eps),
         head=FrozenLinear(embedding if config.tie_word_embeddings else state["lm_head.weight"]),
-        cos=cos[0].to(device=device, dtype=dtype),
-        sin=sin[0].to(device=device, dtype=dtype),
-        eps=float(config.rms_norm_eps),
-        heads=int(config.num_attention_heads),
-        kv_heads=int(config.num_key_value_heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
+        ops=pick_ops(dtype, device),
+        max_model_len=max_model_len,
         sites=tuple(sites),
         dtype=dtype,
         device=device,
@@ -133,12 +138,13 @@ def _fused(state: Mapping[str, Tensor], prefix: str, names: tuple[str, ...]) -> 
     return FrozenLinear(torch.cat(weights), torch.cat(biases) if biases else None)
 
 
-def _layer(state: Mapping[str, Tensor], prefix: str) -> Layer:
+def _layer(state: Mapping[str, Tensor], prefix: str, heads: Heads, eps: float) -> Layer:
     return Layer(
-        input_norm=state[f"{prefix}input_layernorm.weight"],
+        heads=heads,
+        attention_norm=Norm(state[f"{prefix}input_layernorm.weight"], eps),
         qkv=_fused(state, prefix, _ATTENTION),
         out=_fused(state, prefix, _OUTPUT),
-        post_norm=state[f"{prefix}post_attention_layernorm.weight"],
+        mlp_norm=Norm(state[f"{prefix}post_attention_layernorm.weight"], eps),
         gate_up=_fused(state, prefix, _GATE_UP),
         down=_fused(state, prefix, _DOWN),
     )

@@ -38,7 +38,8 @@ from loadtests.bench_cases import (
     random_base,
     with_peft,
 )
-from serving.engine.model import load_decoder, pick_dtype
+from serving.engine.model import pick_dtype
+from serving.engine.reading import load_decoder
 from serving.engine.runner import LlamaRunner
 from serving.engine.scheduler import NO_SLOT
 

@@ -17,7 +17,8 @@ from adapters.weights import open_weights
 from serving.engine.engine import Engine
 from serving.engine.kv import RowTable
 from serving.engine.lora import HostAdapter
-from serving.engine.model import Decoder, load_decoder
+from serving.engine.model import Decoder
+from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts, Event, Failed, Finished, Sampling, Submit, Tokens
 from serving.engine.runner import LlamaRunner, Runner, make_slots
 from serving.engine.scheduler import Key, Limits, Outgoing, Scheduler

@@ -15,7 +15,7 @@ from serving.engine.attention import Heads, PackedCache, PlainCache
 from serving.engine.kernels import load
 from serving.engine.kernels.load import KernelsMissing, cpu_kernels
 from serving.engine.lora import HostAdapter, Site, add_reference
-from serving.engine.ops import Norm, Ops
+from serving.engine.ops import Activation, Norm, Ops
 from serving.engine.packed import PackedSlots
 from serving.engine.request import Sampling
 from serving.engine.scheduler import Key, RowPlan
@@ -23,7 +23,9 @@ from serving.engine.scheduler import Key, RowPlan
 SEED = 20261122
 # One unit of bfloat16 in the last place is 2**-8 of the value; sums here have a few roundings.
 ROUNDING = 3 * 2**-8
-needs_kernels = pytest.mark.skipif(cpu_kernels() is None, reason="this machine has no bfloat16 kernels (CPU or compiler)")
+needs_kernels = pytest.mark.skipif(
+    cpu_kernels() is None, reason="this machine has no bfloat16 kernels (CPU or compiler)"
+)
 CPU = torch.device("cpu")
 
 
@@ -60,7 +62,8 @@ def test_gates_equal_torch_far_out_too(tanh_gelu: bool) -> None:
     gate_up = torch.cat([draw(40, 64, scale=20), draw(40, 64)], dim=1)
     gate_up[0, :8] = torch.tensor([0.0, 200.0, -200.0, 1e-30, -1e-30, 88.0, -88.0, 3e38])
     gate_up[0, 64:72] = 1
-    assert near(Ops(cpu_kernels()).gated(gate_up, tanh_gelu), Ops(None).gated(gate_up.float(), tanh_gelu))
+    form = Activation.GATED_GELU if tanh_gelu else Activation.GATED_SILU
+    assert near(Ops(cpu_kernels()).activate(gate_up, form), Ops(None).activate(gate_up.float(), form))
 
 
 def heads(groups: int, dim: int, **more: object) -> Heads:
@@ -144,7 +147,8 @@ def test_a_nan_is_neither_lost_nor_passed_on() -> None:
     bad, good = cache.attend(0, qkv)
     assert bad.isnan().any()
     assert not good.isnan().any()
-    gated = Ops(cpu_kernels()).gated(torch.tensor([[float("nan")] * 16 + [1.0] * 16] + [[1.0] * 32]).bfloat16(), False)
+    gate_up = torch.tensor([[float("nan")] * 16 + [1.0] * 16] + [[1.0] * 32]).bfloat16()
+    gated = Ops(cpu_kernels()).activate(gate_up, Activation.GATED_SILU)
     assert gated[0].isnan().all()
     assert not gated[1].isnan().any()
 

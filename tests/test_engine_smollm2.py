@@ -12,7 +12,7 @@ from adapters.home import Home
 from adapters.prompts import Message, Renderer
 from adapters.records import PromptFormat
 from adapters.registry import Registry
-from serving.engine.model import load_decoder
+from serving.engine.reading import load_decoder
 from serving.engine.request import Sampling
 from serving.engine.runner import LlamaRunner, make_slots
 from serving.engine.scheduler import Key, RowPlan, StepPlan

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 SPECIALS = ("<pad>", "<s>", "</s>")
 VOCAB = len(SPECIALS) + 256
@@ -40,12 +40,19 @@ def tiny_config() -> LlamaConfig:
 
 def save_tiny_base(folder: Path, seed: int = 0) -> Path:
     """Save the tiny base in float32; wide random weights, so that greedy answers are not all alike."""
+    return save_random(tiny_config(), folder, seed)
+
+
+def save_random(config: PretrainedConfig, folder: Path, seed: int) -> Path:
+    """Save a random model of a configuration, with the byte tokenizer."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config())
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0.0, 0.2)
+            else:  # norms and biases: not the ones and zeros that would hide a mistake
+                parameter.add_(torch.randn_like(parameter) * (0.1 if "bias" in name else 0.05))
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -75,6 +82,7 @@ def save_adapter(
     rslora: bool = False,
     rank_pattern: dict[str, int] | None = None,
     scale: float = 0.2,
+    fan_in_fan_out: bool = False,
 ) -> Path:
     """Save a random PEFT adapter whose B is not zero, so that its answers differ from the base's."""
     torch.manual_seed(seed)
@@ -85,6 +93,7 @@ def save_adapter(
         target_modules=list(targets),
         use_rslora=rslora,
         rank_pattern=rank_pattern or {},
+        fan_in_fan_out=fan_in_fan_out,
         task_type="CAUSAL_LM",
     )
     peft = get_peft_model(model, config)

@@ -11,7 +11,8 @@ from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine, Sink
 from serving.engine.families import check_family
 from serving.engine.kv import RowTable
-from serving.engine.model import load_decoder, pick_device, pick_dtype
+from serving.engine.model import pick_device, pick_dtype
+from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts
 from serving.engine.runner import LlamaRunner, make_slots
 from serving.engine.scheduler import Limits, Scheduler

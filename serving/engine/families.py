@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from adapters.errors import BaseUnsupported
 
-FAMILIES = frozenset({"llama"})
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2"})
 
 
 def check_family(family: str) -> None:

@@ -172,7 +172,9 @@ class StackedSlots:
                 outputs[m].add_(hidden[:, :, m].reshape(-1, slots * rank) @ b)
 
 
-def add_reference(sites: Sequence[Site], site: int, adapters: Sequence[HostAdapter | None], x: Tensor, y: Tensor) -> None:
+def add_reference(
+    sites: Sequence[Site], site: int, adapters: Sequence[HostAdapter | None], x: Tensor, y: Tensor
+) -> None:
     """What `Slots.add` means, one token and one module at a time: slow and obvious. adapters: of each token."""
     for t, adapter in enumerate(adapters):
         if adapter is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -12,6 +13,14 @@ from torch.nn import functional as F
 from serving.engine.kernels.load import cpu_kernels
 
 _LANES = 16
+
+
+class Activation(StrEnum):
+    """What lies between a layer's two MLP products. The gated forms take (T, 2n), the others (T, n)."""
+
+    GATED_SILU = "gated silu"
+    GATED_GELU = "gated gelu"
+    GELU = "gelu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +53,19 @@ class Ops:
             return found
         return _norm(x.add_(y), norm)
 
-    def gated(self, gate_up: Tensor, tanh_gelu: bool) -> Tensor:
-        """act(gate) * up: (T, 2n) -> (T, n), with SiLU or the tanh form of GELU."""
-        if self.kernels is not None and gate_up.shape[1] % (2 * _LANES) == 0:
-            found: Tensor = self.kernels.gated(gate_up, tanh_gelu)
+    def maybe_norm(self, x: Tensor, norm: Norm | None) -> Tensor:
+        """The norm where there is one."""
+        return x if norm is None else self.norm(x, norm)
+
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        """(T, 2n) -> (T, n) for a gated activation, act(gate) * up; (T, n) -> (T, n) otherwise."""
+        if activation is Activation.GELU:
+            return F.gelu(x, approximate="tanh")
+        tanh_gelu = activation is Activation.GATED_GELU
+        if self.kernels is not None and x.shape[1] % (2 * _LANES) == 0:
+            found: Tensor = self.kernels.gated(x, tanh_gelu)
             return found
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = x.chunk(2, dim=-1)
         return (F.gelu(gate, approximate="tanh") if tanh_gelu else F.silu(gate)) * up
 
     def _fits(self, norm: Norm) -> bool:

@@ -71,20 +71,34 @@ class LlamaRunner:
         d, ops, cache, rows = self._d, self._d.ops, self._cache, plan.rows
         cache.begin(rows)
         lora = self._add if self._slots.begin([r.slot for r in rows for _ in range(r.length)]) else _nothing
-        x = d.embedding[self._tokens(rows)]
+        x = self._embed(rows)
         h = ops.norm(x, d.layers[0].attention_norm)
         norms = [*(layer.attention_norm for layer in d.layers[1:]), d.norm]
         for index, (layer, next_norm) in enumerate(zip(d.layers, norms, strict=True)):
             site = index * SITES_PER_LAYER
             attended = cache.attend(index, lora(site, h, layer.qkv(h)))
-            h = ops.add_norm(x, lora(site + 1, attended, layer.out(attended)), layer.mlp_norm)
-            gated = ops.gated(lora(site + 2, h, layer.gate_up(h)), tanh_gelu=False)
-            h = ops.add_norm(x, lora(site + 3, gated, layer.down(gated)), next_norm)
-        return d.head(h[self._sampling_tokens(rows)])
+            y = lora(site + 1, attended, layer.out(attended))
+            h = ops.add_norm(x, ops.maybe_norm(y, layer.attended_norm), layer.mlp_norm)
+            mixed = ops.activate(lora(site + 2, h, layer.up(h)), d.activation)
+            y = lora(site + 3, mixed, layer.down(mixed))
+            h = ops.add_norm(x, ops.maybe_norm(y, layer.mixed_norm), next_norm)
+        logits = d.head(h[self._sampling_tokens(rows)])
+        return logits if not d.logit_cap else d.logit_cap * torch.tanh(logits / d.logit_cap)
 
     def _add(self, site: int, x: Tensor, y: Tensor) -> Tensor:
         self._slots.add(site, x, y)
         return y
+
+    def _embed(self, rows: Sequence[RowPlan]) -> Tensor:
+        """(T, width): what the first layer reads, of the step's flat tokens."""
+        d = self._d
+        x = d.embedding[self._tokens(rows)]
+        if d.embedding_scale != 1.0:
+            x = x * torch.tensor(d.embedding_scale, dtype=d.dtype)  # rounded first, as the families do
+        if d.positions is not None:
+            where = [p for r in rows for p in range(r.start, r.start + r.length)]
+            x = x + d.positions[torch.tensor(where, device=d.device)]
+        return x
 
     def _tokens(self, rows: Sequence[RowPlan]) -> Tensor:
         """Flat input ids: prompt tokens from the plan, a decode row's from what was sampled last on the device."""

@@ -67,7 +67,11 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("family")
     base = save_random(FAMILIES[request.param](), folder / "base", seed=3)
     conv = request.param == "gpt2"
-    targets = (("c_attn",), ("c_attn", "c_proj", "c_fc")) if conv else (("q_proj", "v_proj"), ("o_proj", "down_proj", "up_proj"))
+    targets = (
+        (("c_attn",), ("c_attn", "c_proj", "c_fc"))
+        if conv
+        else (("q_proj", "v_proj"), ("o_proj", "down_proj", "up_proj"))
+    )
     adapters = [
         save_adapter(base, folder / f"a{n}", seed=n, rank=3 + 5 * n, targets=t, fan_in_fan_out=conv)
         for n, t in enumerate(targets)

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 SPECIALS = ("<pad>", "<s>", "</s>")
 VOCAB = len(SPECIALS) + 256
@@ -44,9 +51,18 @@ def save_tiny_base(folder: Path, seed: int = 0) -> Path:
 
 
 def save_random(config: PretrainedConfig, folder: Path, seed: int) -> Path:
-    """Save a random model of a configuration, with the byte tokenizer."""
+    """Save a random decoder-only model of a configuration, with the byte tokenizer."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    return _save(AutoModelForCausalLM.from_config(config), folder)
+
+
+def save_random_seq2seq(config: PretrainedConfig, folder: Path, seed: int) -> Path:
+    """Save a random encoder-decoder of a configuration, with the byte tokenizer."""
+    torch.manual_seed(seed)
+    return _save(AutoModelForSeq2SeqLM.from_config(config), folder)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +21,17 @@ class Activation(StrEnum):
     """What lies between a layer's two MLP products. The gated forms take (T, 2n), the others (T, n)."""
 
     GATED_SILU = "gated silu"
-    GATED_GELU = "gated gelu"
+    GATED_TANH_GELU = "gated tanh gelu"
+    TANH_GELU = "tanh gelu"
     GELU = "gelu"
+    RELU = "relu"
+
+
+_PLAIN: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.TANH_GELU: partial(F.gelu, approximate="tanh"),
+    Activation.GELU: F.gelu,
+    Activation.RELU: F.relu,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +70,9 @@ class Ops:
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
         """(T, 2n) -> (T, n) for a gated activation, act(gate) * up; (T, n) -> (T, n) otherwise."""
-        if activation is Activation.GELU:
-            return F.gelu(x, approximate="tanh")
-        tanh_gelu = activation is Activation.GATED_GELU
+        if activation in _PLAIN:
+            return _PLAIN[activation](x)
+        tanh_gelu = activation is Activation.GATED_TANH_GELU
         if self.kernels is not None and x.shape[1] % (2 * _LANES) == 0:
             found: Tensor = self.kernels.gated(x, tanh_gelu)
             return found

@@ -24,8 +24,8 @@ _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _DOWN = ("mlp.down_proj",)
 _GATED = {
     "silu": Activation.GATED_SILU,
-    "gelu_pytorch_tanh": Activation.GATED_GELU,
-    "gelu_tanh": Activation.GATED_GELU,
+    "gelu_pytorch_tanh": Activation.GATED_TANH_GELU,
+    "gelu_tanh": Activation.GATED_TANH_GELU,
 }
 _GPT2_SITES = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))
 
@@ -213,7 +213,7 @@ def _gpt2(source: _Source, max_model_len: int) -> Decoder:
         layers=tuple(layers),
         norm=norm("transformer.ln_f"),
         head=FrozenLinear(source.head),
-        activation=Activation.GELU,
+        activation=Activation.TANH_GELU,
         ops=pick_ops(source.dtype, source.device),
         max_model_len=max_model_len,
         sites=tuple(sites),

@@ -15,6 +15,7 @@ from serving.engine.packed import PackedSlots, packable
 from serving.engine.request import Sampling
 from serving.engine.sampling import sample
 from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan, StepResult
+from serving.engine.seq2seq import EncoderDecoder
 
 _PROBE = Key((-1, -1))
 
@@ -122,9 +123,9 @@ def _nothing(site: int, x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-def make_slots(decoder: Decoder, slots: int, max_rank: int) -> Slots:
+def make_slots(base: Decoder | EncoderDecoder, slots: int, max_rank: int) -> Slots:
     """Slots of the form that this base is computed with."""
-    kernels = decoder.ops.kernels
-    if kernels is not None and packable(decoder.sites):
-        return PackedSlots(decoder.sites, slots, max_rank, kernels)
-    return StackedSlots(decoder.sites, slots, decoder.dtype, decoder.device, max_rank)
+    kernels = base.ops.kernels
+    if kernels is not None and packable(base.sites):
+        return PackedSlots(base.sites, slots, max_rank, kernels)
+    return StackedSlots(base.sites, slots, base.dtype, base.device, max_rank)

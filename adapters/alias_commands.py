@@ -14,12 +14,17 @@ from adapters.options import (
     ReasonOption,
     UrlOption,
     expected_of,
+    name_of,
     opened,
     version_of,
 )
-from adapters.records import Move, check_adapter_name
+from adapters.records import Move
 from adapters.screen import say, show_json, show_table, when
 from adapters.wire import move_to_json, page
+
+# What the history says of a move that nobody gave a reason for.
+_PROMOTED = "promoted through the gate"
+_ROLLED_BACK = "rolled back"
 
 
 def promote(
@@ -42,12 +47,12 @@ def promote(
         raise InvalidRequest("--force needs --reason TEXT; it is kept in the history", "reason")
     expected = expected_of(expect)
     with opened(home, url) as door:
-        _tell(door.promote(name, number, reason=reason, force=force, expected=expected), as_json)
+        _tell(door.promote(name, number, reason=reason or _PROMOTED, force=force, expected=expected), as_json)
 
 
 def rollback(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
-    reason: Annotated[str, typer.Option("--reason", help="Why; it is kept in the history.")],
+    reason: ReasonOption = "",
     to: Annotated[
         int | None, typer.Option("--to", min=1, help="The version to go back to; else the one before.")
     ] = None,
@@ -59,9 +64,9 @@ def rollback(
 
     Example: loraplane rollback summarize --reason "cuts sentences short"
     """
-    check_adapter_name(name)
+    name_of(name)
     with opened(home, url) as door:
-        _tell(door.rollback(name, reason=reason, to=to), as_json)
+        _tell(door.rollback(name, reason=reason or _ROLLED_BACK, to=to), as_json)
 
 
 def history(
@@ -74,7 +79,7 @@ def history(
 
     Example: loraplane history summarize --json
     """
-    check_adapter_name(name)
+    name_of(name)
     with opened(home, url) as door:
         moves = door.history(name)
     if as_json:

@@ -182,9 +182,13 @@ def _pull_folder(
         saved = Path(staging) / "saved"
         saved.mkdir()
         progress(f"copying {folder}")
-        _copy_model(folder, saved)
         known_as = tuple(dict.fromkeys(a for a in (*aliases, folder.name) if a != chosen))
-        return _keep(saved, home, registry, progress, chosen, source or f"folder:{folder}", known_as, "", now)
+        try:
+            _copy_model(folder, saved)
+            return _keep(saved, home, registry, progress, chosen, source or f"folder:{folder}", known_as, "", now)
+        except BaseUnsupported as error:
+            # What is wrong with the copy is wrong with the folder, and nobody can look at the copy any more.
+            raise BaseUnsupported(str(error).replace(str(saved), str(folder))) from error
 
 
 def _pull_hub(

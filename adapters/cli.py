@@ -28,6 +28,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
     errors.InvalidRequest: 2,  # what was typed or written is wrong (so is an unknown option)
     errors.ConfigInvalid: 2,
     errors.RunInvalid: 2,
+    errors.HomeUnusable: 2,
     errors.AdapterRefused: 3,  # what was brought cannot be taken
     errors.DataRefused: 3,
     errors.BaseUnsupported: 3,

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from adapters.errors import InvalidRequest, RecordNotFound
+from adapters.errors import InvalidRequest, ModelNotFound, RecordNotFound
 from adapters.home import Home
 from adapters.options import (
     ExpectOption,
@@ -19,11 +19,14 @@ from adapters.options import (
     JsonOption,
     ReasonOption,
     UrlOption,
+    adapter_of,
     expected_of,
+    name_of,
     opened,
     version_of,
 )
-from adapters.records import AdapterSummary, AdapterVersion, BaseRecord, check_adapter_name
+from adapters.publish import unwritable
+from adapters.records import AdapterSummary, AdapterVersion, BaseRecord, ModelId, check_adapter_name
 from adapters.registry_door import RegistryDoor, read_format
 from adapters.reports import ROUGE_METRICS, GatePolicy
 from adapters.screen import note, say, show_json, show_table, size, when
@@ -31,6 +34,8 @@ from adapters.wire import alias_to_json, base_to_json, page, policy_to_json, sum
 
 models = typer.Typer(help="Fetch and list bases: the frozen models that adapters need.", add_completion=False)
 adapters = typer.Typer(help="Publish, list, show and pull adapters; set gate policies.", add_completion=False)
+
+_LISTED = 10
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="NAME@N", help="The version.")]
@@ -142,22 +147,26 @@ def adapters_list(home: HomeOption = None, url: UrlOption = None, as_json: JsonO
 
 @adapters.command("show")
 def adapters_show(
-    name: NameArgument, home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False
+    model: Annotated[str, typer.Argument(metavar="NAME[@N]", help="The adapter, or one of its versions.")],
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """One adapter: its versions, newest first, and where its aliases point.
+    """One adapter: its versions, newest first, and where its aliases point; or one version alone.
 
     Example: loraplane adapters show summarize
     """
-    check_adapter_name(name)
+    wanted = adapter_of(model)
     with opened(home, url) as door:
-        found = door.adapter(name)
+        found = door.adapter(wanted.name)
+    versions = found.versions if str(wanted) == wanted.name else (_one_of(found, wanted),)
     if as_json:
-        show_json(summary_to_json(found))
+        show_json(summary_to_json(found) if versions is found.versions else version_to_json(versions[0]))
         return
     live = {a.number: [x.alias for x in found.aliases if x.number == a.number] for a in found.aliases}
     show_table(
         ("VERSION", "ALIASES", "RANK", "SIZE", "BOUND BY", "PUBLISHED", "BY", "DIGEST", "NOTE"),
-        [_version_row(v, live.get(v.number, [])) for v in found.versions],
+        [_version_row(v, live.get(v.number, [])) for v in versions],
     )
 
 
@@ -178,10 +187,13 @@ def adapters_pull(
     """
     name, number = version_of(model)
     target = into or Path(f"{name}-{number}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InvalidRequest(f"{target} exists and is not an empty folder; choose another with --into", "into")
     with opened(home, url) as door:
-        folder = door.pull(name, number, target, original=original)
+        try:
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise InvalidRequest(f"{target} exists and is not an empty folder; choose another with --into", "into")
+            folder = door.pull(name, number, target, original=original)
+        except OSError as error:
+            raise unwritable(target, error) from error
     if as_json:
         show_json({"object": "adapter.pull", "id": f"{name}@{number}", "folder": str(folder), "original": original})
     else:
@@ -235,7 +247,7 @@ def adapters_policy(
 
     Example: loraplane adapters policy summarize --data DIGEST --min-n 64
     """
-    check_adapter_name(name)
+    name_of(name)
     if metric is not None and metric not in ROUGE_METRICS:
         raise InvalidRequest(f"--metric takes one of {', '.join(ROUGE_METRICS)}, not {metric!r}", "metric")
     given = {
@@ -278,6 +290,17 @@ def _changed_policy(door: RegistryDoor, name: str, changes: Mapping[str, object]
         raise InvalidRequest(f"{name} has no gate policy yet; a first one needs --data and --min-n", "policy")
     wanted = GatePolicy(**changes) if current is None else replace(current, **changes)  # type: ignore[arg-type]
     return door.set_policy(name, wanted)
+
+
+def _one_of(summary: AdapterSummary, wanted: ModelId) -> AdapterVersion:
+    """The version that a number or an alias means. Raises ModelNotFound with what there is instead."""
+    aliases = {a.alias: a.number for a in summary.aliases}
+    number = aliases.get(wanted.alias) if wanted.alias else wanted.number
+    found = next((v for v in summary.versions if v.number == number), None)
+    if found is None:
+        there = [*(f"{summary.name}@{alias}" for alias in aliases), *(v.id for v in summary.versions)]
+        raise ModelNotFound(str(wanted), there[:_LISTED])
+    return found
 
 
 def _base_row(base: BaseRecord) -> tuple[str, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,8 +15,8 @@ from typing import Annotated
 
 import typer
 
-from adapters.errors import LoraplaneError
-from adapters.home import Home
+from adapters.errors import HomeUnusable, LoraplaneError
+from adapters.home import Home, usable
 from adapters.options import HomeOption, JsonOption
 from adapters.screen import show_json, show_table, size
 
@@ -64,7 +64,7 @@ def doctor(
 
     Example: loraplane doctor --json
     """
-    checks = list(examine(Home.find(home), port))
+    checks = list(examine(home, port))
     failed = any(c.health is Health.FAIL for c in checks)
     if as_json:
         rows = [{"name": c.name, "health": c.health.value, "detail": c.detail} for c in checks]
@@ -75,12 +75,21 @@ def doctor(
         raise typer.Exit(1)
 
 
-def examine(home: Home, port: int) -> Iterable[Check]:
-    """Every check, in the order in which a newcomer trips over them. None of them changes anything."""
+def examine(root: Path | None, port: int) -> Iterable[Check]:
+    """Every check, in the order in which a newcomer trips over them. None of them changes anything.
+
+    root: the home, as `Home.find` takes it. What lies in a home is looked at only when the home can be used.
+    """
     yield python_version(sys.version_info[:3])
     yield from package_versions()
     yield import_names(importlib.metadata.packages_distributions())
-    yield writable(home.root)
+    try:
+        home = writable(Home.find(root))
+    except HomeUnusable as error:
+        yield Check("home", Health.FAIL, str(error))
+        yield port_free(port, None)
+        return
+    yield Check("home", Health.OK, str(home.root))
     yield disk_space(home.root, shutil.disk_usage(home.root).free)
     yield _guarded("registry and bases", lambda: registry_opens(home))
     yield server_state(home)
@@ -125,11 +134,10 @@ def import_names(owners: Mapping[str, Sequence[str]]) -> Check:
     return Check("import names", Health.FAIL, f"{said}: the two overwrite each other; run: pip uninstall {remove}")
 
 
-def writable(folder: Path) -> Check:
-    """Whether the home can be written to."""
-    if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        return Check("home", Health.OK, str(folder))
-    return Check("home", Health.FAIL, f"{folder} is not writable; set LORAPLANE_HOME to a folder of yours")
+def writable(home: Home) -> Home:
+    """The home, after a file without a name was made in it. Raises HomeUnusable when it cannot be written to."""
+    with usable(home.root), tempfile.TemporaryFile(dir=home.root):
+        return home
 
 
 def disk_space(folder: Path, free_bytes: int) -> Check:
@@ -166,14 +174,14 @@ def server_state(home: Home) -> Check:
     return Check("server", Health.OK, f"{note.url} (pid {note.pid}) holds this home")
 
 
-def port_free(port: int, home: Home) -> Check:
+def port_free(port: int, home: Home | None) -> Check:
     """Whether `serve` could listen on the port, or already does."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            note = home.server()
+            note = home.server() if home else None
             if note is not None and note.url.endswith(f":{port}"):
                 return Check("port", Health.OK, f"{port} is the port of the running server")
             return Check("port", Health.WARN, f"{port}: {error.strerror}; serve with another: loraplane serve --port N")

@@ -36,6 +36,7 @@ LoraplaneError
     ├── PortInUse
     ├── InsecureBind
     ├── HomeLocked
+    ├── HomeUnusable
     ├── ServerUnreachable
     ├── ConfigInvalid
     ├── RunInvalid                a training or evaluation file is wrong
@@ -363,6 +364,12 @@ class HomeLocked(OperatorError):
     """Another server holds this LORAPLANE_HOME."""
 
     code = "home_locked"
+
+
+class HomeUnusable(OperatorError):
+    """LORAPLANE_HOME is no folder that this user can write to."""
+
+    code = "home_unusable"
 
 
 class ServerUnreachable(OperatorError):

@@ -12,7 +12,7 @@ from adapters import schema
 from adapters.errors import Conflict, GateRefused, InvalidRequest, RecordNotFound
 from adapters.gate import decide
 from adapters.records import AdapterVersion
-from adapters.reports import GatePolicy, Report, Verdict, report_from_json
+from adapters.reports import GatePolicy, Report, Verdict, check_policy, check_report, report_from_json
 from adapters.schema import Database
 from adapters.store import BlobStore
 
@@ -30,13 +30,7 @@ class Evaluations:
 
     def set_policy(self, name: str, policy: GatePolicy, who: str) -> None:
         """Make this the adapter's policy from now on; earlier ones stay on record. Raises InvalidRequest."""
-        low, high = policy.length_ratio
-        if policy.min_n < 1 or not 0 <= low <= high or not policy.tolerance >= 0:
-            raise InvalidRequest(
-                "a gate policy needs min_n >= 1, tolerance >= 0 and 0 <= length_ratio[0] <= [1]", "policy"
-            )
-        if not policy.data_digest or not policy.metric:
-            raise InvalidRequest("a gate policy names its evaluation set (data_digest) and its metric", "policy")
+        check_policy(policy)
         values = {
             "data_digest": policy.data_digest,
             "min_n": policy.min_n,
@@ -44,7 +38,7 @@ class Evaluations:
             "margin": policy.margin,
             "tolerance": policy.tolerance,
             "max_empty_rate": policy.max_empty_rate,
-            "length_ratio": [low, high],
+            "length_ratio": list(policy.length_ratio),
         }
         with self._database.writes() as connection:
             connection.execute(
@@ -69,7 +63,8 @@ class Evaluations:
     def add(self, report: Report, version: AdapterVersion) -> str:
         """Keep a report about this version and return its digest; the same report twice is one.
 
-        Raises Conflict when it speaks of other weights or another base, InvalidRequest when it is no plain JSON.
+        Raises Conflict when it speaks of other weights or another base, InvalidRequest when it is no plain JSON or its
+        figures contradict each other.
         """
         if report.adapter_digest != version.digest:
             raise Conflict(
@@ -80,6 +75,7 @@ class Evaluations:
                 f"the report was made on the base {report.base_digest[:12]}, but {version.id} belongs to "
                 f"{version.base_digest[:12]}"
             )
+        check_report(report)
         try:
             data = report.canonical()
         except (TypeError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adapters.reports import Decision, GatePolicy, Report, Role, Verdict
+from adapters.reports import Decision, GatePolicy, Report, Role, Verdict, prompt_of
 
 
 def decide(
@@ -24,8 +24,9 @@ def decide(
         )
     failed = [*_binding(report, policy, version_digest, champion_digest), *_quality(report, policy, champion_digest)]
     compared = [d for d in report.differences if d.metric == policy.metric]
-    n = min([report.n, *(d.n for d in compared)])
-    too_few = [f"n = {n} examples, the policy needs {policy.min_n}"] if n < policy.min_n else []
+    # A prompt that is there twice is no second piece of evidence.
+    n = min([report.n, *(d.n for d in compared), len({prompt_of(e) for e in report.examples})])
+    too_few = [f"n = {n} different prompts, the policy needs {policy.min_n}"] if n < policy.min_n else []
     verdict = Verdict.FAIL if failed else Verdict.UNDECIDED if too_few else Verdict.PASS
     return Decision(verdict, (*failed, *too_few), report.digest)
 

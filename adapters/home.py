@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from adapters.errors import HomeLocked
+from adapters.errors import HomeLocked, HomeUnusable
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +30,17 @@ class Home:
 
     @classmethod
     def find(cls, root: Path | str | None = None) -> Home:
-        """The home given, or of the environment, or the default; made if absent, for its owner's eyes only."""
-        chosen = Path(root or os.environ.get("LORAPLANE_HOME") or Path.home() / ".loraplane").expanduser().absolute()
-        chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """The home given, or of the environment, or the default; made if absent, for its owner's eyes only.
+
+        Raises HomeUnusable when it cannot be made.
+        """
+        wanted = root or os.environ.get("LORAPLANE_HOME") or "~/.loraplane"
+        try:
+            chosen = Path(wanted).expanduser().absolute()
+        except RuntimeError:  # a user without a home folder, or one that nobody has heard of
+            raise HomeUnusable(f"{wanted} names no folder here; set LORAPLANE_HOME to a folder of yours") from None
+        with usable(chosen):
+            chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
         return cls(chosen)
 
     @property
@@ -66,14 +76,16 @@ class Home:
         """Take the home for a server and leave its address. Raises HomeLocked when another server has it."""
         lock = self.server_lock()
         try:
-            lock.acquire(timeout=2)  # the command line holds it for an instant to see whether a server does
+            with usable(self.root):
+                lock.acquire(timeout=2)  # the command line holds it for an instant to see whether a server does
         except Timeout:
             other = self._note()
             where = f" at {other.url} (pid {other.pid})" if other else ""
             raise HomeLocked(
                 f"another server{where} holds {self.root}; stop it, or set LORAPLANE_HOME to another folder"
             ) from None
-        self.write_note(note)
+        with usable(self.root):
+            self.write_note(note)
         return lock
 
     def write_note(self, note: ServerNote) -> None:
@@ -83,10 +95,11 @@ class Home:
         staged.replace(self.root / "server.json")
 
     def server(self) -> ServerNote | None:
-        """The server that holds this home now, or None."""
+        """The server that holds this home now, or None. Raises HomeUnusable."""
         lock = self.server_lock()
         try:
-            lock.acquire()
+            with usable(self.root):
+                lock.acquire()
         except Timeout:
             return self._note()
         lock.release()
@@ -98,3 +111,19 @@ class Home:
             return ServerNote(url=str(raw["url"]), pid=int(raw["pid"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+@contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """Turns the disk's no to what is done in a folder of the home into HomeUnusable, which says what to do."""
+    try:
+        yield
+    except Timeout:  # an OSError too: somebody has the lock, and the folder is as it should be
+        raise
+    except OSError as error:
+        no_folder = isinstance(error, FileExistsError | NotADirectoryError)
+        why = "it is not a folder" if no_folder else error.strerror or str(error)
+        raise HomeUnusable(
+            f"Loraplane cannot keep its things in {folder}: {why}; set LORAPLANE_HOME, or --home, to a folder that "
+            f"you can write to"
+        ) from error

@@ -11,7 +11,7 @@ import typer
 
 from adapters.errors import InvalidRequest
 from adapters.home import Home
-from adapters.records import parse_model_id
+from adapters.records import BASE_ID, ModelId, parse_model_id
 from adapters.registry_door import Expected, RegistryDoor, open_door
 
 HomeOption = Annotated[
@@ -42,6 +42,23 @@ def opened(home: Path | None, url: str | None) -> Iterator[RegistryDoor]:
         door.close()
 
 
+def name_of(model: str) -> str:
+    """A bare adapter name, for a command about all of its versions. Raises InvalidRequest for anything else."""
+    parsed = parse_model_id(model)
+    if str(parsed) != parsed.name:
+        raise InvalidRequest(
+            f"this command is about the adapter, not about one version of it: give {parsed.name} for {model}", "name"
+        )
+    return _no_base(parsed.name)
+
+
+def adapter_of(model: str) -> ModelId:
+    """An adapter, one of its versions or one of its aliases. Raises InvalidRequest for anything else."""
+    parsed = parse_model_id(model)
+    _no_base(parsed.name)
+    return parsed
+
+
 def version_of(model: str) -> tuple[str, int]:
     """`name@3` as name and number. Raises InvalidRequest for anything else."""
     parsed = parse_model_id(model)
@@ -50,6 +67,12 @@ def version_of(model: str) -> tuple[str, int]:
             f"name the version, as in {parsed.name}@1 (loraplane adapters show {parsed.name})", "model"
         )
     return parsed.name, parsed.number
+
+
+def _no_base(name: str) -> str:
+    if name == BASE_ID:
+        raise InvalidRequest(f"{name} is the base, not an adapter; loraplane models list shows the bases", "name")
+    return name
 
 
 def expected_of(text: str) -> Expected:

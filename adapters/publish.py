@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.errors import AdapterRefused, Conflict, PayloadTooLarge, Reason, StoreFailed
+from adapters.errors import AdapterRefused, Conflict, InvalidRequest, PayloadTooLarge, Reason
 from adapters.prompts import prompt_format_from_json, prompt_format_to_json
 from adapters.records import AdapterVersion, BaseRecord, BoundBy, PromptFormat
 from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, canonical_config, parse_spec
@@ -24,6 +24,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_FILE = "prompt_format.json"
 MAX_FORMAT_BYTES = 64 << 10
+_EMBEDDINGS = frozenset({"lm_head", "embed_tokens"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?", re.ASCII)
 
 Files = Mapping[str, Path | bytes]
@@ -118,10 +119,12 @@ def prepare(
     with ExitStack() as stack:
         config = _small_file(files, CONFIG_FILE, MAX_CONFIG_BYTES)
         spec = parse_spec(config)
-        limit = max(size_limit(base.modules) for base in bases)
-        original = _stage_limited(stack, store, files[WEIGHTS_FILE], WEIGHTS_FILE, limit)
+        # Before a byte of the weights is read: those of another base may be larger than any that fit here.
+        bound = bind(spec, bases, chosen)
+        limit = max(size_limit(base.modules) for base in ([bound[0]] if bound else bases))
+        original = _stage_limited(stack, store, files[WEIGHTS_FILE], limit, spec)
         weights = open_weights(original.path)
-        base, bound_by = bind(spec, weights, bases, chosen)
+        base, bound_by = bound or (_by_shape(spec, weights, bases), BoundBy.SHAPE)
         check_weights(weights, base.modules, spec)
 
         originals = {CONFIG_FILE: stack.enter_context(store.stage(config)), WEIGHTS_FILE: original}
@@ -155,10 +158,11 @@ def prepare(
 
 
 def bind(
-    spec: AdapterSpec, weights: CanonicalWeights, bases: Sequence[BaseRecord], chosen: BaseRecord | None
-) -> tuple[BaseRecord, BoundBy]:
-    """The base that an adapter belongs to, and what proved it: a digest, the recorded name, or else the shapes.
+    spec: AdapterSpec, bases: Sequence[BaseRecord], chosen: BaseRecord | None
+) -> tuple[BaseRecord, BoundBy] | None:
+    """The base that an adapter belongs to by its config alone, and what proved it: a digest or the recorded name.
 
+    None when only the shapes of its weights can tell.
     Raises AdapterRefused(wrong_base) when what is recorded contradicts what is here or what was chosen.
     """
     named = [base for base in bases if spec.base_name and _answers_to(base, spec.base_name)]
@@ -181,7 +185,7 @@ def bind(
             f"its config names {spec.base_name!r}, and here is {', '.join(base.name for base in bases[:5])}; pull that "
             f"base, or say --base NAME if it is one of these under another name"
         )
-    return _by_shape(spec, weights, bases), BoundBy.SHAPE
+    return None
 
 
 def _by_shape(spec: AdapterSpec, weights: CanonicalWeights, bases: Sequence[BaseRecord]) -> BaseRecord:
@@ -211,7 +215,10 @@ def _answers_to(base: BaseRecord, recorded: str) -> bool:
 
 
 def write_folder(into: Path, contents: Mapping[str, bytes]) -> Path:
-    """Write files into a folder, made if absent. Raises Conflict rather than replace a file that differs."""
+    """Write files into a folder, made if absent. Raises Conflict rather than replace a file that differs.
+
+    InvalidRequest when the folder takes no files: it is the caller's, not the registry's.
+    """
     try:
         into.mkdir(parents=True, exist_ok=True)
         for name, data in contents.items():
@@ -223,8 +230,14 @@ def write_folder(into: Path, contents: Mapping[str, bytes]) -> Path:
             staged.write_bytes(data)
             staged.replace(into / name)
     except OSError as error:
-        raise StoreFailed(f"could not write {into}: {error.strerror or error}", retry_after_s=None) from error
+        raise unwritable(into, error) from error
     return into
+
+
+def unwritable(into: Path, error: OSError) -> InvalidRequest:
+    """The refusal of a folder that files were to be written to, with the disk's reason."""
+    why = "it is not a folder" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+    return InvalidRequest(f"no files can be written to {into}: {why or error}; choose another folder", "into")
 
 
 def _refuse_missing(files: Files) -> None:
@@ -249,15 +262,18 @@ def _small_file(files: Files, name: str, limit: int) -> bytes:
     return source
 
 
-def _stage_limited(stack: ExitStack, store: BlobStore, source: Source, name: str, limit: int) -> Staged:
+def _stage_limited(stack: ExitStack, store: BlobStore, source: Source, limit: int, spec: AdapterSpec) -> Staged:
     if isinstance(source, Path) and not source.is_file():
-        raise AdapterRefused(Reason.MISSING_FILE, f"{name} is not a regular file")
+        raise AdapterRefused(Reason.MISSING_FILE, f"{WEIGHTS_FILE} is not a regular file")
     try:
         return stack.enter_context(store.stage(source, max_bytes=limit))
     except PayloadTooLarge:
-        raise AdapterRefused(
-            Reason.TOO_LARGE, f"{name} has more than {limit} bytes, the most that an adapter of these bases can have"
-        ) from None
+        most = f"{WEIGHTS_FILE} has more than {limit} bytes, the most that an adapter can have here"
+        whole = [name for name in spec.target_modules or () if name.rpartition(".")[2] in _EMBEDDINGS]
+        if whole:
+            # PEFT then saves the whole embedding beside the LoRA, which is what makes the file so large.
+            most += f"; target_modules names {', '.join(whole)[:200]}, which cannot be served: train without"
+        raise AdapterRefused(Reason.TOO_LARGE, most) from None
 
 
 def _format_of(data: bytes) -> PromptFormat:

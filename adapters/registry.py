@@ -7,7 +7,7 @@ there or wholly absent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,6 +74,7 @@ class Registry:
         self._now = now
         self._shelf = Shelf(tenant)
         self._evaluations = Evaluations(database, store, tenant, now)
+        self._meant_by_base = BASE_ID
 
     @classmethod
     def open(cls, home: Home, tenant: str = DEFAULT_TENANT) -> Registry:
@@ -107,8 +108,18 @@ class Registry:
             return self._shelf.bases(connection)
 
     def base(self, which: str = BASE_ID) -> BaseRecord:
-        """The base of this name, alias or digest; `base` is the first one added. Raises BaseMissing."""
-        return chosen_base(self.bases(), which)
+        """The base of this name, alias or digest; `base` is the first that can be served, or what `mean_by_base` said.
+
+        Raises BaseMissing.
+        """
+        return self._chosen(self.bases(), which)
+
+    def mean_by_base(self, base: BaseRecord) -> None:
+        """Let the name `base` mean this base here: what a server's clients call so is the one that it serves."""
+        self._meant_by_base = base.digest
+
+    def _chosen(self, bases: Sequence[BaseRecord], which: str) -> BaseRecord:
+        return chosen_base(bases, self._meant_by_base if which == BASE_ID else which)
 
     # -- publishing ----------------------------------------------------------------------------------------------
 
@@ -134,7 +145,7 @@ class Registry:
         who, note = line(who, "who"), text(note, "note")
         kept_facts = checked_facts(facts or {})
         bases = self.bases()
-        default = chosen_base(bases, base or BASE_ID)
+        default = self._chosen(bases, base or BASE_ID)
         with prepare(
             self.store, files, bases=bases, chosen=default if base else None, prompt_format=prompt_format
         ) as prepared:

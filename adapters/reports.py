@@ -1,15 +1,24 @@
-"""An evaluation as a record, and the policy a gate judges it by. Plain data: JSON in, JSON out."""
+"""An evaluation as a record, and the policy a gate judges it by. Plain data, JSON in and out, and what it must hold."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from adapters.errors import InvalidRequest
+
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+MOST_EXAMPLES = 10_000_000
+LONGEST_RATIO = 1000.0  # that a policy can allow
+_LONGEST_ANSWER = 1e9  # in words of its reference
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ROUNDING = 1e-3  # between a mean and the mean of figures that were rounded for display
 
 
 class Role(StrEnum):
@@ -134,3 +143,97 @@ class Decision:
     verdict: Verdict
     reasons: tuple[str, ...]
     report: str | None = None
+
+
+def prompt_of(example: Mapping[str, Any]) -> str:
+    """What makes an example's prompt the same as another's: its words; blanks between them do not count."""
+    return " ".join(str(example.get("prompt", "")).split())
+
+
+def check_policy(policy: GatePolicy) -> None:
+    """Raise InvalidRequest, with the field at fault, unless every figure of the policy can be met and missed."""
+    low, high = policy.length_ratio
+    if _SHA256.fullmatch(policy.data_digest) is None:
+        raise InvalidRequest("data_digest must be the SHA-256 of the evaluation set, 64 hex digits", "data_digest")
+    if policy.metric not in ROUGE_METRICS:
+        raise InvalidRequest(f"metric must be one of {', '.join(ROUGE_METRICS)}", "metric")
+    _within("min_n", policy.min_n, 1, MOST_EXAMPLES)
+    _within("margin", policy.margin, -1, 1)
+    _within("tolerance", policy.tolerance, 0, 1)
+    _within("max_empty_rate", policy.max_empty_rate, 0, 1)
+    for bound in (low, high):
+        _within("length_ratio", bound, 0, LONGEST_RATIO)
+    if low > high:
+        raise InvalidRequest(f"length_ratio must be [lowest, highest], not [{low:g}, {high:g}]", "length_ratio")
+
+
+def check_report(report: Report) -> None:
+    """Raise InvalidRequest, with the field at fault, unless the figures can be those of one evaluation.
+
+    Every example is there with its scores, the means are theirs, and each system is the one that the report names.
+    """
+    _within("n", report.n, 1, MOST_EXAMPLES)
+    if len(report.examples) != report.n:
+        raise InvalidRequest(f"the report says n = {report.n} and holds {len(report.examples)} examples", "examples")
+    named = {
+        Role.BASE: report.base_digest,
+        Role.CHAMPION: report.champion_digest,
+        Role.CANDIDATE: report.adapter_digest,
+    }
+    if len({s.role for s in report.systems}) != len(report.systems):
+        raise InvalidRequest("a role is in the report twice", "systems")
+    if len({(d.against, d.metric) for d in report.differences}) != len(report.differences):
+        raise InvalidRequest("a difference is in the report twice", "differences")
+    for system in report.systems:
+        if system.digest != named[system.role]:
+            raise InvalidRequest(
+                f"the {system.role.value} that answered is not the one that the report names", "systems"
+            )
+        _check_system(system, report)
+    for difference in report.differences:
+        _check_difference(difference, report)
+
+
+def _check_system(system: SystemScores, report: Report) -> None:
+    role = system.role.value
+    _within(f"systems.{role}.length_ratio", system.length_ratio, 0, _LONGEST_ANSWER)
+    _within(f"systems.{role}.empty_rate", system.empty_rate, 0, 1)
+    for metric, mean in system.scores.items():
+        _within(f"systems.{role}.scores.{metric}", mean, 0, 1)
+        found = [_score(example, role, metric) for example in report.examples]
+        if abs(math.fsum(found) / len(found) - mean) > _ROUNDING:
+            raise InvalidRequest(f"{metric} of the {role} is not the mean of its examples", f"systems.{role}.scores")
+
+
+def _check_difference(difference: PairedDifference, report: Report) -> None:
+    d, where = difference, f"differences.{difference.against.value}.{difference.metric}"
+    for field, value in (("mean", d.mean), ("low", d.low), ("high", d.high)):
+        _within(f"{where}.{field}", value, -1, 1)
+    if not d.low <= d.mean <= d.high:
+        raise InvalidRequest(f"{where}: the mean {d.mean:g} is not in its interval [{d.low:g}, {d.high:g}]", where)
+    if d.n != report.n:
+        raise InvalidRequest(f"{where} is of {d.n} pairs, the report of {report.n} examples", where)
+    own, other = report.system(Role.CANDIDATE), report.system(d.against)
+    if d.against is Role.CANDIDATE or own is None or other is None:
+        raise InvalidRequest(f"{where} is against a system that the report does not hold", where)
+    if d.metric not in own.scores or d.metric not in other.scores:
+        raise InvalidRequest(f"{where}: the report holds no {d.metric} of both systems", where)
+    if abs(own.scores[d.metric] - other.scores[d.metric] - d.mean) > _ROUNDING:
+        raise InvalidRequest(f"{where}: the mean {d.mean:g} is not the difference of the two systems' means", where)
+
+
+def _score(example: Mapping[str, Any], role: str, metric: str) -> float:
+    """One example's score. Raises InvalidRequest when it holds none, or no prompt."""
+    scores = example.get("scores")
+    of_role = scores.get(role) if isinstance(scores, Mapping) else None
+    value = of_role.get(metric) if isinstance(of_role, Mapping) else None
+    if not isinstance(example.get("prompt"), str) or value is None:
+        raise InvalidRequest(f"every example needs a prompt and scores.{role}.{metric}", "examples")
+    _within(f"examples.scores.{role}.{metric}", value, 0, 1)
+    return float(value)
+
+
+def _within(field: str, value: object, low: float, high: float) -> None:
+    """Raise InvalidRequest unless the value is a number in the range; NaN is in none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidRequest(f"{field} must be a number of {low:.12g} to {high:.12g}, not {str(value)[:80]}", field)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from adapters.errors import AdapterRefused, InvalidRequest, RunInvalid
 from adapters.prompts import prompt_format_from_json
 from adapters.records import BASE_ID, PromptFormat, check_adapter_name
-from adapters.reports import GatePolicy
+from adapters.reports import GatePolicy, check_policy
 
 DOCSTRINGS = "docstrings"
 Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum"]
@@ -158,6 +158,14 @@ class GateSpec(_Strict):
     tolerance: float = Field(default=0.02, ge=0, le=1)
     max_empty_rate: Share = 0.1
     length_ratio: tuple[float, float] = (0.2, 5.0)
+
+    @model_validator(mode="after")
+    def _can_be_set(self) -> GateSpec:
+        try:
+            check_policy(self.policy("0" * 64))
+        except InvalidRequest as error:
+            raise ValueError(str(error)) from error
+        return self
 
     def policy(self, data_digest: str) -> GatePolicy:
         """The policy for one evaluation set."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from adapters.errors import ConfigInvalid, ExtraMissing, StoreFailed
+from adapters.home import usable
 from adapters.strict_json import canonical
 
 HEAD = "0001"  # the newest migration; a test compares it with the scripts
@@ -296,13 +297,22 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _one_opener(url: sa.URL) -> AbstractContextManager[object]:
+@contextmanager
+def _one_opener(url: sa.URL) -> Iterator[None]:
     """Keeps two processes from making one new SQLite file at once; switching it to WAL would not wait its turn."""
     if url.get_backend_name() != "sqlite" or not url.database:
-        return nullcontext()
-    if not Path(url.database).absolute().parent.is_dir():
+        yield
+        return
+    folder = Path(url.database).absolute().parent
+    if not folder.is_dir():
         raise StoreFailed(f"the folder of the registry's database {url.database} does not exist", retry_after_s=None)
-    return FileLock(f"{url.database}.lock", timeout=BUSY_TIMEOUT_S)
+    lock = FileLock(f"{url.database}.lock", timeout=BUSY_TIMEOUT_S)
+    with usable(folder):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -29,13 +29,17 @@ def show_json(value: Any) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str = "nothing yet") -> None:
-    """A table with a heading; `empty` in its place when there are no rows."""
+    """A table with a heading; `empty` in its place when there are no rows.
+
+    A cell is one line: what ends a line in it, or moves the cursor, is shown escaped. JSON has it as it is.
+    """
+    shown = [[_one_line(cell) for cell in row] for row in rows]
     if not rows:
         say(empty)
     elif sys.stdout.isatty():
-        _draw(columns, rows)
+        _draw(columns, shown)
     else:
-        lines = [tuple(columns), *[tuple(r) for r in rows]]
+        lines = [list(columns), *shown]
         widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
         for line in lines:
             say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -55,6 +59,11 @@ def size(num_bytes: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1000
     return f"{amount:.1f} GB"
+
+
+def _one_line(cell: str) -> str:
+    # Notes and reasons are strangers' text: with a line break in it, one could forge another version's row.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cell)
 
 
 def _draw(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from adapters import schema
 from adapters.errors import BaseMissing, ModelNotFound, NoChampion
+from adapters.families import FAMILIES
 from adapters.records import BASE_ID, CHAMPION, AdapterSummary, AdapterVersion, AliasRecord, BaseRecord, ModelId
 from adapters.rows import alias_of, base_of, version_of
 
@@ -122,11 +123,14 @@ class Shelf:
 
 
 def chosen_base(bases: Sequence[BaseRecord], which: str) -> BaseRecord:
-    """The base of this name, alias or digest; `base` is the first. Raises BaseMissing, which says how to get one."""
+    """The base of this name, alias or digest; `base` is the first that a runner computes, else the first.
+
+    bases: in the order they came. Raises BaseMissing, which says how to get one.
+    """
     if not bases:
         raise BaseMissing("no base is here yet; fetch one: loraplane models pull smollm2-135m")
     if which == BASE_ID:
-        return bases[0]
+        return next((base for base in bases if base.family in FAMILIES), bases[0])
     found = next((base for base in bases if which in (base.name, base.digest, *base.aliases)), None)
     if found is None:
         raise BaseMissing(

@@ -52,9 +52,6 @@ _TRAINING_ONLY = frozenset(
     {
         "lora_dropout",
         "inference_mode",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
         "eva_config",
         "qalora_group_size",
         "runtime_config",
@@ -76,6 +73,9 @@ _READ_BY_NAME = frozenset(
         "alpha_pattern",
         "fan_in_fan_out",
         "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
     }
 )
 _IGNORED = _READ_BY_NAME | _TRAINING_ONLY | _INIT_CONFIGS
@@ -87,7 +87,8 @@ class AdapterSpec:
 
     rank and alpha hold for every module that no key of rank_pattern / alpha_pattern matches; keys are literal dotted
     suffixes, the first that matches wins, as in PEFT. target_modules is None when it was a regular expression, which is
-    never executed. notes: what was ignored, for a person.
+    never executed; so are excluded modules. layers: the numbers of layers_to_transform, None for all. notes: what was
+    ignored, for a person.
     """
 
     rank: int
@@ -100,6 +101,9 @@ class AdapterSpec:
     base_digest: str | None = None
     task_type: str | None = None
     target_modules: tuple[str, ...] | None = None
+    excluded: tuple[str, ...] = ()
+    layers: frozenset[int] | None = None
+    layers_pattern: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
@@ -109,6 +113,16 @@ class AdapterSpec:
     def alpha_of(self, module: str) -> float:
         """The alpha that the config gives this module."""
         return _first_match(self.alpha_pattern, module, self.alpha)
+
+    def contradicts(self, module: str) -> str | None:
+        """The key by which PEFT would leave this module as it is, tensors or not; None when it would adapt it."""
+        if self.target_modules is not None and not _names(self.target_modules, module):
+            return "target_modules"
+        if _names(self.excluded, module):
+            return "exclude_modules"
+        if self.layers is not None and _layer_of(module, self.layers_pattern) not in self.layers:
+            return "layers_to_transform"
+        return None
 
     def scale_of(self, module: str) -> float:
         """What B·A is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
@@ -194,6 +208,19 @@ def _first_match(pattern: Mapping[str, Value], module: str, default: Value) -> V
     return next((v for key, v in pattern.items() if module == key or module.endswith(f".{key}")), default)
 
 
+def _names(suffixes: Sequence[str], module: str) -> bool:
+    return any(module == suffix or module.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def _layer_of(module: str, patterns: Sequence[str]) -> int | None:
+    """The last number in a module's path, or the one behind a component that a pattern names, as PEFT finds it."""
+    parts = module.split(".")
+    for at in range(len(parts) - 2, 1 if not patterns else 0, -1):
+        if parts[at].isdecimal() and (not patterns or parts[at - 1] in patterns):
+            return int(parts[at])
+    return None
+
+
 class _Reader:
     """One pass over the keys of one config."""
 
@@ -230,6 +257,9 @@ class _Reader:
             base_digest=self._base_digest(),
             task_type=self._task_type(),
             target_modules=self._targets(),
+            excluded=self._excluded(),
+            layers=self._layers(),
+            layers_pattern=self._layers_pattern(),
             notes=tuple(self.notes),  # last: reading the others adds to them
         )
 
@@ -335,6 +365,35 @@ class _Reader:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise _field("target_modules", f"is {shown(value)}; it must be a list of module names")
+
+    def _excluded(self) -> tuple[str, ...]:
+        value = self.raw.get("exclude_modules")
+        if inert(value):
+            return ()
+        if isinstance(value, str):
+            self.notes.append("exclude_modules is a pattern; it was not executed, the tensor names say what is adapted")
+            return ()
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise _field("exclude_modules", f"is {shown(value)}; it must be a list of module names")
+
+    def _layers(self) -> frozenset[int] | None:
+        value = self.raw.get("layers_to_transform")
+        if inert(value):
+            return None
+        numbers = value if isinstance(value, list) else [value]
+        if all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 16 for item in numbers):
+            return frozenset(numbers)
+        raise _field("layers_to_transform", f"is {shown(value)}; it must be a list of layer numbers")
+
+    def _layers_pattern(self) -> tuple[str, ...]:
+        value = self.raw.get("layers_pattern")
+        if inert(value):
+            return ()
+        names = value if isinstance(value, list) else [value]
+        if all(isinstance(item, str) and item.isidentifier() for item in names):
+            return tuple(names)
+        raise _field("layers_pattern", f"is {shown(value)}; only literal names are read, no regular expressions")
 
 
 _CHECKS: Mapping[str, Callable[[_Reader, str, object], None]] = {

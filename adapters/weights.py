@@ -187,6 +187,13 @@ def check_shapes(
                 Reason.UNKNOWN_MODULE,
                 f"the base has no linear module {module[:120]!r}; train on this base, or name yours",
             )
+        key = spec.contradicts(module)
+        if key is not None:
+            raise AdapterRefused(
+                Reason.CONFIG_FIELD,
+                f"adapter_config.json: {key} leaves {module} out, but it has tensors, which PEFT would ignore; "
+                f"save the adapter again, or mend {key}",
+            )
         rows, columns = modules[module]
         rank = a.shape[0]
         if a.shape[1] != columns or b.shape[0] != rows or b.shape[1] != rank:

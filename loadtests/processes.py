@@ -32,8 +32,9 @@ class ServerFailed(Exception):
 
 
 def loraplane(*words: str) -> list[str]:
-    """The command line of the product, of this very environment."""
-    return [sys.executable, "-m", "adapters.cli", *words]
+    """The command line of the product, of this very environment, whatever lies in the folder it is started from."""
+    # -P: a folder of the caller's that is called serving or adapters must not be taken for ours.
+    return [sys.executable, "-P", "-m", "adapters.cli", *words]
 
 
 class Child:

@@ -12,7 +12,12 @@ from adapters.records import BASE_ID
 
 def serve(
     base: Annotated[
-        str, typer.Option("--base", metavar="NAME|DIR", help="A pulled base, or a folder to pull it from.")
+        str,
+        typer.Option(
+            "--base",
+            metavar="NAME|DIR",
+            help="A pulled base, or a folder to pull it from; base: the first that can be served.",
+        ),
     ] = BASE_ID,
     host: Annotated[str | None, typer.Option(help="Address to listen on; beyond loopback keys are required.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,

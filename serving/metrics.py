@@ -141,7 +141,8 @@ class Metrics:
         self._request_answer.observe(record.usage.completion_tokens)
         self._request_n.observe(record.n)
         self._request_max.observe(record.max_tokens)
-        later = record.usage.completion_tokens - 1
+        # Choices run side by side: the mean answer counts, not their sum.
+        later = record.usage.completion_tokens / max(1, len(record.finish_reasons)) - 1
         if later > 0 and record.first_token_s is not None:
             self._per_token.observe((record.total_s - record.first_token_s) / later)
         if record.timing is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +15,7 @@ from adapters.records import BASE_ID, AdapterVersion, BaseRecord, PromptFormat
 
 _MAX_REMEMBERED = 4096
 _MAX_SHOWN = 100
+_MAX_NAME = 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +80,25 @@ class Resolver:
             version = self._versions.resolve(model)
         except InvalidRequest:
             # What is no id cannot name anything either: clients look for a 404 here.
-            raise ModelNotFound(model[:_MAX_SHOWN]) from None
+            raise ModelNotFound(model[:_MAX_SHOWN], self._meant_by(model)) from None
         if version.base_digest != self.base.digest:
             raise ModelNotFound(model[:_MAX_SHOWN])
         return version
+
+    def _meant_by(self, model: str) -> Sequence[str]:
+        """Ids near a text that is none: near what it would be in lower case, with separators where they may stand."""
+        name, _, selector = model[:_MAX_SHOWN].strip().lower().partition("@")
+        name = re.sub(r"[^a-z0-9._-]+", "-", name)
+        name = re.sub(r"[._-]*([._-])", r"\1", name).strip("._-")[:_MAX_NAME].rstrip("._-")
+        for wanted in ([f"{name}@{selector}"] if selector else []) + [name]:
+            try:
+                found = self._versions.resolve(wanted)
+            except ModelNotFound as error:
+                return error.nearest
+            except InvalidRequest:
+                continue
+            return [wanted] if found.base_digest == self.base.digest else []
+        return []
 
     def name_of(self, digest: str) -> str:
         """The version id last seen with this digest, or the digest's beginning: a label for metrics."""

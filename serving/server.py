@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -32,6 +33,7 @@ from serving.api.server import uvicorn_config
 from serving.config import EdgeSettings
 from serving.link import Address, EngineLink
 
+_SOCKETS = "loraplane-"
 # What is left of the drain time for streams to hear that they were cut.
 _LAST_WORDS_S = 1.0
 
@@ -186,9 +188,27 @@ def run_server(parts: Parts, listener: socket.socket) -> int:
 
 @contextlib.contextmanager
 def socket_folder() -> Iterator[Path]:
-    """A private folder for the link's sockets, short enough for a unix socket's 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="loraplane-", dir=_short_root()) as folder:
+    """A private folder for the link's sockets, short enough for a unix socket's 107 bytes.
+
+    Folders of servers that were killed are swept: their name says whose they were.
+    """
+    root = _short_root()
+    for left in Path(root or tempfile.gettempdir()).glob(f"{_SOCKETS}*-*"):
+        owner = left.name.removeprefix(_SOCKETS).partition("-")[0]
+        if owner.isdecimal() and not _lives(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)  # another user's stays: the system refuses
+    with tempfile.TemporaryDirectory(prefix=f"{_SOCKETS}{os.getpid()}-", dir=root) as folder:
         yield Path(folder)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def _short_root() -> str | None:

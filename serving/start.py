@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
+from adapters.base_digest import read_json
 from adapters.bases import open_base, pull
-from adapters.errors import BaseMissing
 from adapters.home import Home
 from adapters.records import BASE_ID, BaseRecord
 from adapters.registry import Registry
@@ -48,8 +49,8 @@ def start(options: ServeOptions) -> int:
     listener = bind(settings)
     registry = Registry.open(home)
     try:
-        record, folder = _base(options.base, home, registry)
-        check_family(record.family)
+        record, folder = find_base(options.base, home, registry)
+        registry.mean_by_base(record)
         with socket_folder() as sockets:
             parts = _parts(home, registry, record, folder, settings, _engine(options, home, record, folder), sockets)
             return run_server(parts, listener)
@@ -78,15 +79,34 @@ def _engine(options: ServeOptions, home: Home, record: BaseRecord, folder: Path)
     )
 
 
-def _base(which: str, home: Home, registry: Registry) -> tuple[BaseRecord, Path]:
-    """The base's row and folder; a folder given in place of a name is pulled first. Raises BaseMissing."""
-    if "/" in which or Path(which).is_dir():
-        record = pull(which, home, registry, _say)
-    elif which == BASE_ID and not registry.bases():
-        raise BaseMissing("no base is on this machine yet; run: loraplane models pull smollm2-135m")
+def find_base(which: str, home: Home, registry: Registry) -> tuple[BaseRecord, Path]:
+    """The row and the folder of the base to serve; a folder given in place of a name is pulled first.
+
+    `base` is the first base that can be served. Raises BaseMissing, or BaseUnsupported before anything is remembered.
+    """
+    folder = Path(which).expanduser()
+    if which != BASE_ID and ("/" in which or folder.is_dir()):
+        if (folder / "config.json").is_file():
+            check_family(str(read_json(folder / "config.json").get("model_type", "")))  # before gigabytes are copied
+        record = pull(which, home, _ServedShelf(registry), _say)
     else:
         record = registry.base(which)
+    check_family(record.family)
     return record, open_base(home, record)
+
+
+@dataclass(frozen=True, slots=True)
+class _ServedShelf:
+    """The registry as a shelf for bases that a runner computes: one that is refused must not become a row."""
+
+    registry: Registry
+
+    def bases(self) -> Sequence[BaseRecord]:
+        return self.registry.bases()
+
+    def add_base(self, base: BaseRecord) -> BaseRecord:
+        check_family(base.family)
+        return self.registry.add_base(base)
 
 
 def _parts(

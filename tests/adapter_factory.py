@@ -123,11 +123,12 @@ def policy(**changes: Any) -> GatePolicy:
 
 
 def report(version: Any, champion: str | None = None, low: float = 0.05, **changes: Any) -> Report:
-    """A good report about a version: better than the base by `low`, as good as the champion, if one is named."""
+    """A good report about a version: better than the base, and than the champion if one is named, by low + 0.05."""
     roles = [(Role.BASE, version.base_digest), (Role.CANDIDATE, version.digest)]
     if champion is not None:
         roles.append((Role.CHAMPION, champion))
     n = changes.get("n", 64)
+    scores = {role.value: {"rouge1": 0.5 if role is Role.CANDIDATE else 0.45 - low} for role, _ in roles}
     fields: dict[str, Any] = {
         "adapter": version.name,
         "number": version.number,
@@ -139,13 +140,17 @@ def report(version: Any, champion: str | None = None, low: float = 0.05, **chang
         "code": "test",
         "settings": {"seed": 0},
         "n": n,
-        "systems": tuple(SystemScores(role, role.value, digest, {"rouge1": 0.3}, 1.1, 0.0) for role, digest in roles),
+        "systems": tuple(
+            SystemScores(role, role.value, digest, scores[role.value], 1.1, 0.0) for role, digest in roles
+        ),
         "differences": tuple(
             PairedDifference(role, "rouge1", low + 0.05, low, low + 0.1, n)
             for role in (Role.BASE, Role.CHAMPION)
             if role is Role.BASE or champion is not None
         ),
-        "examples": ({"prompt": "p", "reference": "r", "answers": {"base": "b"}, "scores": {}},),
+        "examples": tuple(
+            {"prompt": f"p {i}", "reference": "r", "answers": {"base": "b"}, "scores": scores} for i in range(n)
+        ),
         "created_at": "2026-01-01T00:00:00+00:00",
     }
     return Report(**{**fields, **changes})

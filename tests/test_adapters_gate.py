@@ -38,7 +38,16 @@ def test_without_a_report_nothing_is_decided() -> None:
 def test_too_few_examples_decide_nothing_however_good() -> None:
     decision = judged(report(VERSION, n=49))
     assert decision.verdict is Verdict.UNDECIDED
-    assert decision.reasons == ("n = 49 examples, the policy needs 50",)
+    assert decision.reasons == ("n = 49 different prompts, the policy needs 50",)
+
+
+def test_copies_of_one_prompt_count_once() -> None:
+    """64 copies of one row, with the zero-width interval that they give, are one piece of evidence."""
+    found = report(VERSION)
+    copies = tuple({**example, "prompt": f"one  row{' ' * i}\n"} for i, example in enumerate(found.examples))
+    decision = judged(replace(found, examples=copies))
+    assert decision.verdict is Verdict.UNDECIDED
+    assert decision.reasons == ("n = 1 different prompts, the policy needs 50",)
 
 
 def test_a_comparison_on_fewer_pairs_than_the_report_says_counts_its_pairs() -> None:

@@ -166,7 +166,18 @@ REFUSED: dict[str, tuple[dict[str, bytes], Reason]] = {
     ),
     "wrong base by digest": (adapter_files(base_digest="0" * 64), Reason.WRONG_BASE),
     "wrong base by hub id": (adapter_files(base="Other/model-7b"), Reason.WRONG_BASE),
+    "targets that leave tensors out": (adapter_files(target_modules=["v_proj"]), Reason.CONFIG_FIELD),
+    "layers that leave tensors out": (adapter_files(layers_to_transform=[7]), Reason.CONFIG_FIELD),
+    "excluded modules with tensors": (adapter_files(exclude_modules=["q_proj"]), Reason.CONFIG_FIELD),
     "wrong base by a hub id of one word": (adapter_files(base="gpt2"), Reason.WRONG_BASE),
+    "wrong base by name, with weights larger than any here": (
+        {**adapter_files(base="meta-llama/Llama-3.2-1B"), "adapter_model.safetensors": bytes(3 << 20)},
+        Reason.WRONG_BASE,
+    ),
+    "wrong base by digest, with weights larger than any here": (
+        {**adapter_files(base_digest="0" * 64), "adapter_model.safetensors": bytes(3 << 20)},
+        Reason.WRONG_BASE,
+    ),
     "wrong base by shape": (
         {"adapter_config.json": lora_config(base=""), "adapter_model.safetensors": lora_weights(shapes=modules(32))},
         Reason.SHAPE,
@@ -191,6 +202,24 @@ def test_a_refused_adapter_has_a_reason_and_leaves_no_trace(registry: Registry, 
     assert caught.value.reason is reason
     assert registry.adapters() == []
     assert not [path for path in registry.store.root.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_weights_that_an_embedding_makes_too_large_say_which_module_to_leave_out(
+    registry: Registry, module: str
+) -> None:
+    """PEFT saves the whole embedding beside LoRA on it; the size alone told nobody what to do."""
+    files = adapter_files(target_modules=["q_proj", module])
+    with pytest.raises(AdapterRefused, match=f"target_modules names {module}, which cannot be served") as caught:
+        registry.publish("sum", {**files, "adapter_model.safetensors": bytes(3 << 20)}, who="t")
+    assert caught.value.reason is Reason.TOO_LARGE
+
+
+def test_weights_are_held_against_the_limit_of_the_base_that_their_config_names(registry: Registry) -> None:
+    registry.add_base(base_record("wide", modules=modules(hidden=4096)))
+    with pytest.raises(AdapterRefused) as caught:
+        registry.publish("sum", {**adapter_files(), "adapter_model.safetensors": bytes(3 << 20)}, who="t")
+    assert caught.value.reason is Reason.TOO_LARGE
 
 
 def test_what_bound_an_adapter_to_its_base_is_kept(registry: Registry) -> None:

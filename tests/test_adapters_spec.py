@@ -270,3 +270,24 @@ def test_a_model_id_reads_back_as_it_was_written_or_is_refused(text: str) -> Non
     assert str(parsed) == text
     assert ".." not in text
     assert text.isascii()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    targets=st.lists(st.sampled_from(["q_proj", "v_proj", "1.self_attn.q_proj", "proj", "down_proj"]), min_size=1),
+    excluded=st.lists(st.sampled_from(["v_proj", "0.self_attn.q_proj", "model.layers.2.mlp.down_proj"])),
+    layers=st.none() | st.integers(0, 3) | st.lists(st.integers(0, 3), min_size=1),
+    pattern=st.none() | st.sampled_from(["layers", "h", ["layers"], ["h", "layers"]]),
+)
+def test_what_the_config_leaves_out_is_what_peft_leaves_out(
+    targets: list[str], excluded: list[str], layers: int | list[int] | None, pattern: str | list[str] | None
+) -> None:
+    peft = pytest.importorskip("peft")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    more = {"target_modules": targets, "exclude_modules": excluded or None}
+    more |= {"layers_to_transform": layers, "layers_pattern": pattern if layers is not None else None}
+    spec = parse_spec(lora_config(4, **more))
+    theirs = peft.LoraConfig(r=4, **more)
+    for module in modules(layers=3):
+        assert (spec.contradicts(module) is None) is bool(check_target_module_exists(theirs, module)), module

@@ -189,6 +189,21 @@ def test_pickled_weights_are_refused(tmp_path: Path, home: Home) -> None:
         pull(str(source), home, Shelf(), _quiet)
 
 
+@pytest.mark.parametrize("broken", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_what_is_wrong_is_told_of_the_folder_that_the_user_named(tmp_path: Path, home: Home, broken: str) -> None:
+    """It was told of our own copy, in a folder that was gone by then."""
+    source = write_base(tmp_path / "tiny")
+    (source / broken).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(BaseUnsupported) as broken_file:
+        pull(str(source), home, Shelf(), _quiet)
+    (source / broken).unlink()
+    with pytest.raises(BaseUnsupported) as without:
+        pull(str(source), home, Shelf(), _quiet)
+    for caught in (broken_file, without):
+        assert str(home.root) not in str(caught.value)
+    assert str(source) in str(without.value) or broken == "tokenizer.json"
+
+
 def test_index_that_names_a_path_elsewhere_is_refused(tmp_path: Path, home: Home) -> None:
     source = write_base(tmp_path / "tiny")
     index = {"weight_map": {"model.norm.weight": "../other/model.safetensors"}}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
+import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from base_factory import write_base
@@ -21,6 +24,19 @@ from adapters.registry import Registry
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     return Home.find(tmp_path / "home")
+
+
+@pytest.fixture
+def read_only(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The home lies on a file system that takes no writes; modes would not stop root."""
+    real = os.open
+
+    def refuse(path: str | Path, flags: int, *rest: Any, **more: Any) -> int:
+        if str(path).startswith(str(home.root)) and flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
 
 
 def _pull(home: Home, source: Path) -> Path:
@@ -98,3 +114,43 @@ def test_json_lists_every_check(home: Home, tmp_path: Path, capsys: pytest.Captu
     assert (answer["object"], answer["ok"]) == ("doctor", True)
     names = {check["name"] for check in answer["checks"]}
     assert {"python", "loraplane", "import names", "home", "disk", "registry and bases", "server", "port"} <= names
+
+
+@pytest.mark.parametrize("root", ["/dev/null", "/dev/null/x", "/proc/nothing/x", "~nobody-of-this-name/x"])
+def test_home_that_cannot_be_made_is_a_failed_check_and_the_others_are_still_told(
+    root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["doctor", "--json", "--home", root, "--port", "0"]) == 1
+    checks = {c["name"]: c for c in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["home"]["health"] == "fail"
+    assert "LORAPLANE_HOME" in checks["home"]["detail"]
+    assert checks["port"]["health"] == "ok"
+
+
+def test_home_that_takes_no_file_is_a_failed_check(
+    home: Home, read_only: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["doctor", "--json", "--home", str(home.root), "--port", "0"]) == 1
+    checks = {c["name"]: c for c in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["home"]["health"] == "fail"
+    assert "Read-only file system" in checks["home"]["detail"]
+
+
+@pytest.mark.parametrize("command", [["adapters", "list"], ["models", "list"], ["models", "pull"], ["history", "sum"]])
+@pytest.mark.parametrize("root", ["/dev/null", "/dev/null/x", "/proc/nothing/x"])
+def test_command_on_a_home_that_cannot_be_made_is_one_line(
+    command: list[str], root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was told as a fault of ours, with the operating system's words alone."""
+    assert run([*command, "--home", root]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error[home_unusable]: Loraplane cannot keep its things in {root}: ")
+    assert (err.count("\n"), "LORAPLANE_HOME" in err) == (1, True)
+
+
+def test_read_only_home_is_one_line(home: Home, read_only: None, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["adapters", "list"], ["models", "pull"]):
+        assert run([*command, "--home", str(home.root)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error[home_unusable]: ")
+        assert (err.count("\n"), "Read-only file system" in err) == (1, True)

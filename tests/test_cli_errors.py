@@ -113,7 +113,7 @@ def test_help_of_a_command_has_an_example_and_json(argv: list[str], capsys: pyte
         (["promote", "--nope"], "See: loraplane promote --help"),
         (["adapters", "publish"], "See: loraplane adapters publish --help"),
         (["adapters", "sho"], "See: loraplane adapters --help"),
-        (["rollback", "summarize"], "--reason"),
+        (["rollback"], "See: loraplane rollback --help"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,15 @@ def test_published_folder_is_listed_and_shown(line: Line) -> None:
     assert shown["champion"] is None
 
 
+def test_note_of_several_lines_is_one_row_and_whole_in_json(line: Line) -> None:
+    folder = write_adapter(line.folder / "peft")
+    told = "first\nsummarize@2  champion"
+    assert line("adapters", "publish", "summarize", str(folder), "--note", told)[0] == 0
+    _, out, _ = line("adapters", "show", "summarize")
+    assert len(out.splitlines()) == 2
+    assert line.json("adapters", "show", "summarize@1")["note"] == told
+
+
 def test_text_output_names_version_and_next_step(line: Line) -> None:
     folder = write_adapter(line.folder / "peft")
     status, out, _ = line("adapters", "publish", "summarize", str(folder), "--note", "first")
@@ -122,7 +131,8 @@ def test_passing_report_opens_the_gate(line: Line) -> None:
     assert with_door.report(digest).examples
     assert [r.adapter_digest for r in with_door.reports("summarize", 1)] == [version.digest]
     with_door.close()
-    assert line.json("promote", "summarize@1")["report"] == digest
+    move = line.json("promote", "summarize@1")
+    assert (move["report"], move["why"]) == (digest, "promoted through the gate")
 
 
 def test_policy_changes_one_rule_and_keeps_the_others(line: Line) -> None:
@@ -133,6 +143,15 @@ def test_policy_changes_one_rule_and_keeps_the_others(line: Line) -> None:
     changed = line.json("adapters", "policy", "summarize", "--metric", "rougeL", "--length-ratio", "0.5", "2")
     assert (changed["metric"], changed["min_n"], changed["length_ratio"]) == ("rougeL", 50, [0.5, 2.0])
     assert line("adapters", "policy", "summarize", "--metric", "bleu")[0] == 2
+
+
+def test_a_move_without_a_reason_says_in_the_history_what_it_was(line: Line) -> None:
+    line.publish(seed=1)
+    line.publish(seed=2)
+    for number in (1, 2):
+        line.json("promote", f"summarize@{number}", "--force", "--reason", "test")
+    assert line.json("rollback", "summarize")["why"] == "rolled back"
+    assert line.json("rollback", "summarize", "--to", "2", "--reason", "no, keep it")["why"] == "no, keep it"
 
 
 def test_rollback_goes_one_champion_back_or_to_a_named_one(line: Line) -> None:
@@ -194,6 +213,15 @@ def test_pull_does_not_write_over_files(line: Line) -> None:
     assert "not an empty folder" in err
 
 
+@pytest.mark.parametrize("into", ["/proc/nothing", "/dev/null/x"])
+def test_pull_into_a_folder_that_takes_no_files_is_one_line(line: Line, into: str) -> None:
+    line.publish()
+    status, _, err = line("adapters", "pull", "summarize@1", "--into", into)
+    assert status == 2
+    assert err.startswith(f"error[invalid_value]: no files can be written to {into}: ")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "data", "code"),
     [
@@ -235,6 +263,29 @@ def test_misspelt_adapter_is_not_found_and_the_right_name_is_said(line: Line, ar
 @pytest.mark.parametrize("model", ["summarize", "summarize@champion", "Summarize@1", "summarize@0"])
 def test_command_on_a_version_wants_its_number(line: Line, model: str) -> None:
     assert line("promote", model)[0] == 2
+
+
+@pytest.mark.parametrize("argv", [("history",), ("rollback", "--reason", "r"), ("adapters", "policy")])
+def test_command_on_an_adapter_says_the_name_to_give_in_place_of_a_version(line: Line, argv: tuple[str, ...]) -> None:
+    """They said `publish under a bare name` to somebody who published nothing."""
+    for model in ("summarize@1", "summarize@champion"):
+        status, _, err = line(*argv, model)
+        assert status == 2
+        assert f"give summarize for {model}" in err
+        assert "publish" not in err
+    status, _, err = line(*argv, "base")
+    assert (status, "base is the base, not an adapter" in err) == (2, True)
+
+
+def test_one_version_is_shown_by_its_number_or_by_an_alias(line: Line) -> None:
+    first, second = line.publish(), line.publish(seed=1)
+    line.json("adapters", "alias", "summarize@1", "canary")
+    assert line.json("adapters", "show", "summarize@2") == second
+    assert line.json("adapters", "show", "summarize@canary") == first
+    _, out, _ = line("adapters", "show", "summarize@canary")
+    assert [row.split()[:2] for row in out.splitlines()[1:]] == [["summarize@1", "canary"]]
+    status, _, err = line("adapters", "show", "summarize@3")
+    assert (status, "summarize@2" in err) == (4, True)
 
 
 def test_command_goes_through_the_server_that_holds_the_home(tmp_path: Path) -> None:

@@ -36,6 +36,21 @@ def test_terminal_gets_a_drawn_table_without_colour_if_asked(
     assert shown.count("x") == 200
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_cell_cannot_forge_a_row(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note with a line break in it wrote the next version's row."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "dumb")
+    show_table(("VERSION", "NOTE"), [("sum@1", "fine\nsum@2  \tbest\x1b[2K\u2028\u202egood"), ("sum@3", "größer 好")])
+    lines = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert [line.split()[0] for line in lines] == ["VERSION", "sum@1", "sum@3"]
+    assert r"fine\nsum@2  \tbest\x1b[2K\u2028\u202egood" in lines[1]
+    assert "größer 好" in lines[2]
+
+
 def test_no_rows_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     show_table(("MODEL",), [], empty="publish one")
     assert capsys.readouterr().out == "publish one\n"

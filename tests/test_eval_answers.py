@@ -20,8 +20,9 @@ from adapters.home import Home
 from adapters.prompts import Message
 from adapters.records import PromptFormat
 from adapters.reports import Role
+from loadtests.processes import loraplane
 from train.answers import ATTEMPTS, CONCURRENCY, Ask, System, collect
-from train.child import private_server
+from train.child import private_server, serve_command
 from train.data import Row
 from train.progress import Quiet
 
@@ -149,6 +150,16 @@ def test_a_private_server_lives_as_long_as_the_job_and_leaves_nothing(tmp_path: 
     assert home.server() is None
 
 
+def test_a_private_server_starts_from_a_folder_that_holds_packages_of_the_same_names(tmp_path: Path) -> None:
+    """`No module named 'serving.cli'` was all one got in a project with a folder of its own called serving."""
+    for room in ("adapters", "serving", "train"):
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").touch()
+    for line in (serve_command("base"), loraplane("serve")):
+        done = subprocess.run([*line, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_private_server_is_stopped_when_the_job_fails(tmp_path: Path) -> None:
     home = Home.find(tmp_path)
     with pytest.raises(ZeroDivisionError), private_server(home, "base", lambda _: None, FAKE):
@@ -167,7 +178,7 @@ def test_a_private_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_job_stops_its_server_too(tmp_path: Path, number: signal.Signals) -> None:
     job = (
-        "import sys, time\nfrom adapters.home import Home\nfrom train.child import private_server\n"
+        "import sys, time\nfrom adapters.home import Home\nfrom train.child import private_server, serve_command\n"
         "with private_server(Home.find(sys.argv[1]), 'base', print, sys.argv[2:]) as url:\n"
         "    print(url, flush=True)\n    time.sleep(600)\n"
     )

@@ -22,7 +22,7 @@ from adapters.errors import (
     QueueFull,
 )
 from adapters.prompts import Message
-from adapters.records import AdapterVersion, GenerationDefaults, PromptFormat
+from adapters.records import AdapterVersion, GenerationDefaults, PromptFormat, parse_model_id
 from serving.answers import engine_error
 from serving.commands import ChatCommand, CompletionCommand, Wishes
 from serving.engine.request import Failed, FinishReason
@@ -218,6 +218,7 @@ class Foreign:
         self.version = replace(version, base_digest="0" * 64)
 
     def resolve(self, model_id: str) -> AdapterVersion:
+        parse_model_id(model_id)
         return self.version
 
 
@@ -225,6 +226,40 @@ async def test_a_version_of_another_base_does_not_exist_here(case: Case) -> None
     resolver = Resolver(Foreign(case.publish("alien")), case.gateway.resolver.base)
     with pytest.raises(ModelNotFound):
         await resolver.resolve("alien")
+
+
+@pytest.mark.parametrize(
+    ("model", "near"),
+    [
+        ("Docstring-Summary", "docstring-summary"),
+        ("docstring summary", "docstring-summary"),
+        ("__docstring__summary", "docstring-summary"),
+        (" Docstring-Summary@1 ", "docstring-summary@1"),
+        ("Docstring-Summary@9", "docstring-summary@1"),
+        ("docstring-summary@V1", "docstring-summary@1"),
+        ("Dokstring-Summary", "docstring-summary"),
+        ("Tiny", "tiny"),
+        ("Unheard/of " + "x" * 5000, None),
+        ("@@@", None),
+        ("", None),
+    ],
+)
+async def test_a_text_that_is_no_id_is_not_found_and_the_near_names_are_said(
+    case: Case, model: str, near: str | None
+) -> None:
+    """A capital or a blank made the hint disappear, and they are the commonest slips of all."""
+    case.publish("docstring-summary")
+    with pytest.raises(ModelNotFound) as caught:
+        await case.gateway.chat(ask(model))
+    assert (near in caught.value.nearest) if near else not caught.value.nearest
+    assert len(str(caught.value)) < 300
+
+
+async def test_a_version_of_another_base_is_not_suggested(case: Case) -> None:
+    resolver = Resolver(Foreign(case.publish("alien")), case.gateway.resolver.base)
+    with pytest.raises(ModelNotFound) as caught:
+        await resolver.resolve("Alien")
+    assert caught.value.nearest == ()
 
 
 @pytest.mark.parametrize("model", ["base", "tiny", "Tests/tiny-Instruct"])

@@ -121,6 +121,15 @@ def test_the_end_token_is_no_text_and_no_logprob() -> None:
     assert text.num_tokens == 2
 
 
+def test_a_stop_token_shows_when_asked_for() -> None:
+    text = AnswerText(
+        ByteTokenizer().stream(), (), include_stop=True, stop_ids=frozenset({33}), min_tokens=0, describe=chr
+    )
+    emission = text.push([104, 33], [TokenLogprob(-0.1), TokenLogprob(-0.2)])
+    assert emission.text == "h!"
+    assert [t.text for t in emission.tokens] == ["h", "!"]
+
+
 def test_logprobs_come_with_their_text_and_stop_with_it() -> None:
     text = make(("ND",), logprobs=True)
     first = text.push(b"oN", [TokenLogprob(-1.0)] * 2)

@@ -182,6 +182,7 @@ async def test_a_version_of_blobs_that_are_not_there_is_refused(client: httpx.As
         ("versions", {"files": {}}),
         ("versions", {"files": {"adapter_config.json": "x", "adapter_model.safetensors": "y"}}),
         ("reports", {"adapter": "summarize"}),
+        ("reports", {"systems": [{"role": "candidate", "scores": {"rouge1": 7.5}}]}),
     ],
 )
 async def test_a_wrong_order_is_a_400_with_its_field(client: httpx.AsyncClient, path: str, body: Any) -> None:

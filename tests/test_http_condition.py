@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving.answers import Ended, Usage
 from serving.metrics import MAX_NAMED_ADAPTERS, OTHER, EngineView, Metrics
 from tests.fakes import FakeEngine, error_body
 from tests.http_case import Case, make_case
@@ -129,6 +130,14 @@ async def test_metrics_carry_the_names_that_dashboards_read(case: Case) -> None:
     assert found["adapter_loads_total|source=disk"] == 1
     assert any(name.startswith("vllm:lora_requests_info|max_lora=4") for name in found)
     assert any(name.startswith("vllm:cache_config_info") for name in found)
+
+
+async def test_the_time_per_token_of_two_choices_is_that_of_one_of_them(case: Case) -> None:
+    """Two choices of eleven tokens each side by side, ten seconds after the first token: a second a token."""
+    weights = (await case.gateway.resolver.resolve("base")).weights
+    case.metrics.ended(Ended(weights, "complete", ("length", "length"), Usage(5, 22), 2, 11, 0.0, 10.0, None))
+    found = await samples(case)
+    assert found["vllm:request_time_per_output_token_seconds_sum|model_name=tiny"] == 1.0
 
 
 async def test_C7_every_limit_of_the_settings_is_in_the_metrics(case: Case) -> None:

@@ -196,11 +196,13 @@ def test_headers_name_the_weights_and_the_request(url: str, case: Case) -> None:
     assert answer.json()["id"] == "chatcmpl-abc-1"
 
 
-def test_the_sdks_read_timeout_becomes_the_deadline(url: str, case: Case) -> None:
+def test_the_sdks_read_timeout_becomes_the_deadline_of_a_whole_answer_and_of_no_stream(url: str, case: Case) -> None:
     case.engine.script = say("ok")
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3.5) as sdk:
         sdk.chat.completions.create(model="base", messages=HI)
-    assert case.engine.submissions[-1].deadline_s == 3.5
+        assert case.engine.submissions[-1].deadline_s == 3.5
+        list(sdk.chat.completions.create(model="base", messages=HI, stream=True))
+    assert case.engine.submissions[-1].deadline_s == case.gateway.limits.request_deadline_s
 
 
 @pytest.mark.parametrize("stream", [False, True])

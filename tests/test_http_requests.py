@@ -364,6 +364,17 @@ async def test_many_headers_are_refused(client: httpx.AsyncClient) -> None:
     assert (answer.status_code, error_body(answer)["code"]) == (431, "headers_too_large")
 
 
+async def test_one_header_larger_than_the_limit_is_refused_however_it_arrives(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/health", headers={"x-large": "a" * 20_000})
+    assert (answer.status_code, error_body(answer)["code"]) == (431, "headers_too_large")
+
+
+async def test_bytes_of_another_kind_are_told_which_kind_is_wanted(client: httpx.AsyncClient) -> None:
+    answer = await client.put(f"/v1/blobs/sha256:{'0' * 64}", content=b"x", headers={"content-type": "text/plain"})
+    assert answer.status_code == 415
+    assert "application/octet-stream" in error_body(answer)["message"]
+
+
 async def test_a_strange_request_id_is_replaced(client: httpx.AsyncClient) -> None:
     answer = await client.get("/version", headers={"x-request-id": "a b\tc"})
     assert answer.headers["x-request-id"].startswith("req_")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def test_held_out_rows_are_the_others_and_equal_prompts_lie_together(tmp_path: P
     doubled = [*ROWS, *({**row, "completion": "another"} for row in ROWS)]
     spec = DataSpec(source=jsonl(tmp_path / "rows.jsonl", doubled), holdout=0.3)
     train, test = training_rows(spec, home), evaluation_rows(spec, home)
-    assert len(train.rows) + len(test.rows) == 120
+    # Every held-out prompt was there twice, and is asked once.
+    assert len(train.rows) + 2 * len(test.rows) == 120
     assert not {r.prompt for r in train.rows} & {r.prompt for r in test.rows}
 
 
@@ -86,6 +88,73 @@ def test_a_bad_row_is_refused_by_its_number(tmp_path: Path, home: Home, bad: obj
     source = jsonl(tmp_path / "rows.jsonl", [*ROWS[:4], bad])
     with pytest.raises(DataRefused, match=rf"rows\.jsonl#5.*{told}"):
         training_rows(DataSpec(source=source), home)
+
+
+def csv_of(path: Path, *answers: str, head: str = "prompt,completion") -> str:
+    path.write_text("\n".join([head, *(f"q {i},{answer}" for i, answer in enumerate(answers))]) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("answers", [("007", "7.0"), ("0", "1"), ("00001", "1e3"), ("True", "False"), ("NA", "None")])
+def test_csv_answers_are_what_stands_in_the_file(tmp_path: Path, home: Home, answers: tuple[str, ...]) -> None:
+    """A reader that infers types made a 7 of 007, and refused a column of numbers as no text."""
+    spec = DataSpec(source=csv_of(tmp_path / "rows.csv", *answers), holdout=0)
+    assert sorted(r.reference for r in training_rows(spec, home).rows) == sorted(answers)
+
+
+def test_json_answers_that_look_like_dates_stay_texts(tmp_path: Path, home: Home) -> None:
+    dates = [{"prompt": f"q {i}", "completion": f"2024-01-0{i}"} for i in range(1, 4)]
+    spec = DataSpec(source=jsonl(tmp_path / "rows.jsonl", dates), holdout=0)
+    assert {r.reference for r in training_rows(spec, home).rows} == {d["completion"] for d in dates}
+
+
+def test_a_file_of_other_content_and_the_same_time_is_read_anew(tmp_path: Path, home: Home) -> None:
+    """A table cached under path and time went on being trained on after the file was replaced."""
+    path = tmp_path / "rows.jsonl"
+    spec = DataSpec(source=jsonl(path, ROWS), holdout=0)
+    first = training_rows(spec, home)
+    time = path.stat().st_mtime_ns
+    jsonl(path, [{**row, "completion": row["completion"].replace("answer", "ANSWER")} for row in ROWS])
+    os.utime(path, ns=(time, time))
+    second = training_rows(spec, home)
+    assert all(r.reference.startswith("ANSWER") for r in second.rows)
+    assert second.digest != first.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "told"),
+    [
+        ("a.jsonl", b"", "no rows to train on"),
+        ("a.csv", b"", "no rows to train on"),
+        ("a.json", b"[]", "no rows to train on"),
+        ("a.parquet", b"", r"cannot read .*a\.parquet"),
+        ("a.jsonl", b'{"prompt": "x", "completion": "y"}\n{"prompt": "caf\xe9"}\n', r"a\.jsonl#2: not UTF-8 .*0xE9"),
+        ("a.csv", b"prompt,completion\ncaf\xe9,x\n", r"a\.csv#2: not UTF-8"),
+        ("a.csv", b"prompt,completion\na,b\nc,d,e\n", r"line 3 has 3 fields, but the header names 2"),
+        ("a.csv", b'prompt,completion\na,"b\n', "is not CSV"),
+        ("a.csv", b"prompt,prompt\na,b\n", "'prompt' is there twice"),
+        ("a.json", b'[{"prompt": }]', r"a\.json: not JSON"),
+        ("a.jsonl", b"[" * 100_000, "#1: nested too deeply"),
+        ("a.jsonl", b'{"prompt": "x", "completion": "\\ud800"}', "half a character"),
+        ("a.jsonl", b'{"prompt": "x", "completion": 7}', "'completion' must be a text, not int"),
+        ("a.txt", b"x", r"a\.txt is a file of another kind; what is read are \.jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_by_name(
+    tmp_path: Path, home: Home, name: str, data: bytes, told: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataRefused, match=told):
+        training_rows(DataSpec(source=str(tmp_path / name), holdout=0), home)
+
+
+def test_a_byte_order_mark_and_lists_in_json_are_read(tmp_path: Path, home: Home) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfprompt,completion\r\na,b\r\n\r\n")
+    (tmp_path / "a.json").write_text(json.dumps([{"prompt": "a", "completion": "b"}], indent=1))
+    (tmp_path / "b.json").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b"}\n')
+    for name, count in (("a.csv", 1), ("a.json", 1), ("b.json", 2)):
+        rows = training_rows(DataSpec(source=str(tmp_path / name), holdout=0), home).rows
+        assert [(r.prompt[0].content, r.reference) for r in rows] == [("a", "b")] * count
 
 
 def test_a_line_that_is_no_json_is_refused_by_its_number(tmp_path: Path, home: Home) -> None:

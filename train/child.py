@@ -30,7 +30,7 @@ def private_server(home: Home, base: str, say: Callable[[str], None], command: S
     ends early or takes too long.
     """
     log = home.root / "eval-server.log"
-    line = [*command] or [sys.executable, "-m", "adapters.cli", "serve", "--base", base]
+    line = command or serve_command(base)
     with log.open("wb") as out, _terminable():
         child = subprocess.Popen(
             [*line, "--host", "127.0.0.1", "--port", "0", "--home", str(home.root)],
@@ -45,6 +45,12 @@ def private_server(home: Home, base: str, say: Callable[[str], None], command: S
             yield _ready(child, home, lambda: log.read_text(encoding="utf-8", errors="replace"))
         finally:
             _stop(child)
+
+
+def serve_command(base: str) -> list[str]:
+    """`loraplane serve` of this very environment, whatever lies in the folder that it is started from."""
+    # -P: a folder of the caller's that is called serving or adapters must not be taken for ours.
+    return [sys.executable, "-P", "-m", "adapters.cli", "serve", "--base", base]
 
 
 def _ready(child: subprocess.Popen[bytes], home: Home, words: Callable[[], str]) -> str:

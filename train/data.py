@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import DataRefused, ExtraMissing, InvalidRequest
+from adapters.errors import DataRefused, InvalidRequest
 from adapters.home import Home
 from adapters.prompts import ROLES, Example, Message, Renderer
 from adapters.records import PromptFormat
 from adapters.runs import DOCSTRINGS, Columns, DataSpec
-from train import docstrings
-
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_MAX_CHARS = 1 << 20  # of one text; longer ones are a mistake in the file, not a row
+from train import docstrings, tables
+from train.tables import MAX_CHARS
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +46,14 @@ class RowSet:
 
     @property
     def digest(self) -> str:
-        """SHA-256 hex over the rows' canonical JSON, one a line, in order."""
+        """SHA-256 hex over the rows' canonical JSON, one a line, in order.
+
+        Of what is said alone: ids hold the file's path, and the same rows are the same set however a path is typed.
+        """
         digest = hashlib.sha256()
         for row in self.rows:
             turns = [[m.role, m.content] for m in row.messages]
-            digest.update(json.dumps([row.id, turns], separators=(",", ":")).encode() + b"\n")
+            digest.update(json.dumps(turns, separators=(",", ":")).encode() + b"\n")
         return digest.hexdigest()
 
 
@@ -77,8 +78,14 @@ def training_rows(spec: DataSpec, home: Home) -> RowSet:
 
 
 def evaluation_rows(spec: DataSpec, home: Home, limit: int | None = None) -> RowSet:
-    """The held-out rows, shuffled by the data seed. limit: instead of the run's eval_limit. Raises DataRefused."""
-    rows = _limited(_part(spec, home, held_out=True), spec.seed, limit or spec.eval_limit)
+    """The held-out rows, shuffled by the data seed. limit: instead of the run's eval_limit. Raises DataRefused.
+
+    Of rows with one prompt the first alone: a row said twice is no second piece of evidence.
+    """
+    distinct: dict[str, Row] = {}
+    for row in _part(spec, home, held_out=True):
+        distinct.setdefault(prompt_key(row.prompt), row)
+    rows = _limited([*distinct.values()], spec.seed, limit or spec.eval_limit)
     for row in rows:
         if not row.reference.strip():
             raise DataRefused(f"{_title(spec)}: row {row.id} has an empty reference; ROUGE would score it 0 whatever")
@@ -122,6 +129,11 @@ def marked(example: Example, renderer: Renderer) -> str:
     return "".join(parts)
 
 
+def prompt_key(turns: Sequence[Message]) -> str:
+    """What makes two prompts the same prompt: their words, turn by turn; blanks between them do not count."""
+    return json.dumps([" ".join(m.content.split()) for m in turns])
+
+
 def _part(spec: DataSpec, home: Home, *, held_out: bool) -> list[Row]:
     """All rows of one side, in the source's order, long prompts left out."""
     if spec.source == DOCSTRINGS:
@@ -132,9 +144,9 @@ def _part(spec: DataSpec, home: Home, *, held_out: bool) -> list[Row]:
     elif spec.eval_source is not None or spec.eval_split is not None:
         source = (spec.eval_source or spec.source) if held_out else spec.source
         split = (spec.eval_split or spec.split) if held_out else spec.split
-        rows = _read(source, split, spec.columns, home)
+        rows = _read(source, split, spec.columns)
     else:
-        rows = [r for r in _read(spec.source, spec.split, spec.columns, home) if _held_out(r, spec.holdout) == held_out]
+        rows = [r for r in _read(spec.source, spec.split, spec.columns) if _held_out(r, spec.holdout) == held_out]
     if spec.max_chars is not None:
         rows = [r for r in rows if sum(len(m.content) for m in r.prompt) <= spec.max_chars]
     if not rows:
@@ -144,7 +156,7 @@ def _part(spec: DataSpec, home: Home, *, held_out: bool) -> list[Row]:
 
 def _held_out(row: Row, share: float) -> bool:
     """Whether a row is for evaluation: by its prompt alone, so that equal prompts lie on the same side."""
-    text = json.dumps([" ".join(m.content.split()) for m in row.prompt])
+    text = prompt_key(row.prompt)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < share * (1 << 64)
 
 
@@ -165,54 +177,12 @@ def _shuffled_targets(rows: Sequence[Row], seed: int) -> list[Row]:
 def _title(spec: DataSpec) -> str:
     if spec.source == DOCSTRINGS:
         return f"{DOCSTRINGS}:{spec.task}"
-    return Path(spec.source).name if Path(spec.source).suffix in _READERS else spec.source
+    return Path(spec.source).name if tables.is_table(spec.source) else spec.source
 
 
-def _read(source: str, split: str, columns: Columns, home: Home) -> list[Row]:
+def _read(source: str, split: str, columns: Columns) -> list[Row]:
     """Every row of a file or of a hub data set. Raises DataRefused with the number of the first bad row."""
-    table = _table(source, split, home)
-    return [_row(f"{source}#{number}", raw, columns) for number, raw in enumerate(table, 1)]
-
-
-def _table(source: str, split: str, home: Home) -> Iterable[Mapping[str, Any]]:
-    path = Path(source).expanduser()
-    reader = _READERS.get(path.suffix.lower())
-    if reader is not None and not path.is_file():
-        raise DataRefused(f"there is no file {source}")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ExtraMissing("train", "reading data files") from error
-    datasets.disable_progress_bars()
-    try:
-        if reader is None:
-            table: Iterable[Mapping[str, Any]] = datasets.load_dataset(source, split=split)
-        else:
-            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-            table = datasets.load_dataset(
-                reader, data_files=str(path), split="train", cache_dir=str(home.data / "tables"), **options
-            )
-    # The library raises whatever its readers, the hub's client and the network raise.
-    except Exception as error:
-        if reader == "json":
-            _refuse_bad_json(path)
-        kinds = f"{', '.join(_READERS)} or a hub id"
-        raise DataRefused(f"cannot read {source} ({kinds}): {str(error).splitlines()[0][:300]}") from error
-    return table
-
-
-def _refuse_bad_json(path: Path) -> None:
-    """Raise DataRefused with the number of the first line that is no JSON object, if there is one."""
-    if path.suffix.lower() != ".jsonl":
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                wrong = line.strip() and not isinstance(json.loads(line), dict)
-            except ValueError as error:
-                raise DataRefused(f"{path}#{number}: not JSON: {error}") from error
-            if wrong:
-                raise DataRefused(f"{path}#{number}: a row must be a JSON object")
+    return [_row(f"{source}#{number}", raw, columns) for number, raw in tables.read(source, split)]
 
 
 def _row(where: str, raw: Mapping[str, Any], columns: Columns) -> Row:
@@ -233,6 +203,7 @@ def _conversation(where: str, turns: object, name: str) -> tuple[Message, ...]:
         role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
         if role not in ROLES or not isinstance(content, str):
             raise DataRefused(f"{where}: a message needs a role of {', '.join(ROLES)} and a text as content")
+        _check_content(where, name, content)
         messages.append(Message(str(role), content))
     if messages[-1].role != "assistant" or not messages[-1].content or len(messages) < 2:
         raise DataRefused(f"{where}: a conversation must end with an assistant's answer")
@@ -243,7 +214,18 @@ def _check_text(where: str, name: str, text: object, raw: Mapping[str, Any]) -> 
     if name not in raw:
         have = ", ".join(sorted(map(str, raw)))
         raise DataRefused(f"{where}: no column {name!r}; there are {have}. Name it in data.columns")
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):
+        raise DataRefused(f"{where}: {name!r} must be a text, not {type(text).__name__}")
+    if not text.strip():
         raise DataRefused(f"{where}: {name!r} must be a text and not empty")
-    if len(text) > _MAX_CHARS:
-        raise DataRefused(f"{where}: {name!r} has {len(text)} characters; at most {_MAX_CHARS} are read")
+    _check_content(where, name, text)
+
+
+def _check_content(where: str, name: str, text: str) -> None:
+    """Refuse what is no text of a row: too long, or half a character, which JSON can escape and no tokenizer reads."""
+    if len(text) > MAX_CHARS:
+        raise DataRefused(f"{where}: {name!r} has {len(text)} characters; at most {MAX_CHARS} are read")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataRefused(f"{where}: {name!r} holds half a character ({text[error.start]!a}); mend the file") from error

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,13 +14,15 @@ from platform import python_version
 
 from filelock import FileLock, Timeout
 
-from adapters.bases import DEFAULT_BASE, open_base
-from adapters.errors import BaseMissing, Cancelled, DataRefused, ModelNotFound, RunInvalid
+from adapters.bases import open_base
+from adapters.errors import Cancelled, DataRefused, ModelNotFound, RunInvalid
+from adapters.families import check_family
 from adapters.home import Home
 from adapters.prompts import Renderer
-from adapters.records import BASE_ID, AdapterVersion, BaseRecord
+from adapters.records import AdapterVersion, BaseRecord
 from adapters.registry_door import RegistryDoor
 from adapters.runs import TrainRun
+from adapters.shelf import chosen_base
 from train import data
 from train.batching import Plan, plan
 from train.data import ExampleSet, RowSet
@@ -91,25 +93,14 @@ class Trained:
         }
 
 
-def choose_base(bases: Sequence[BaseRecord], name: str) -> BaseRecord:
-    """The base that a run means; `base` is the only one, or the default one among several. Raises BaseMissing."""
-    if name == BASE_ID:
-        if len(bases) == 1:
-            return bases[0]
-        name = DEFAULT_BASE
-    found = next((b for b in bases if name in (b.name, *b.aliases, b.digest)), None)
-    if found is None:
-        have = f"there are {', '.join(b.name for b in bases)}" if bases else "there is none yet"
-        raise BaseMissing(f"no base {name!r}; {have}. Get one: loraplane models pull {DEFAULT_BASE}")
-    return found
-
-
 def prepare(run: TrainRun, home: Home, door: RegistryDoor) -> Prepared:
     """Load, check and render everything a run needs, without a step of training.
 
     Raises DataRefused, BaseMissing, BaseUnsupported, RunInvalid.
     """
-    base = choose_base(door.bases(), run.base)
+    base = chosen_base(door.bases(), run.base)
+    # Else an adapter is trained and published that nothing can serve.
+    check_family(base.family)
     folder = open_base(home, base)
     rows = data.training_rows(run.data, home)
     try:

@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue
 
 from adapters.alias_moves import ANY, Expected
 from adapters.errors import InvalidRequest
-from adapters.reports import GatePolicy, Report
+from adapters.reports import LONGEST_RATIO, MOST_EXAMPLES, GatePolicy, Report
 from adapters.wire import report_from_wire
 from serving.api.schemas import WHOLE, Closed
 
@@ -16,9 +16,11 @@ from serving.api.schemas import WHOLE, Closed
 Line = Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")]
 Short = Annotated[str, Field(max_length=256, pattern=r"^[^\x00]*$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Ratio = Annotated[float, Field(ge=0, le=1000)]
+Ratio = Annotated[float, Field(ge=0, le=LONGEST_RATIO)]
 # Kept as they came: a report's digest is over its figures as they were written.
 Figure = int | float
+Score = Annotated[Figure, Field(ge=0, le=1)]
+Difference = Annotated[Figure, Field(ge=-1, le=1)]
 Number = Annotated[int, Field(ge=1, le=999_999_999), WHOLE]
 
 
@@ -81,7 +83,7 @@ class PolicyRequest(Closed):
 
     object: Literal["adapter.policy"] | None = None
     data_digest: Digest
-    min_n: Annotated[int, Field(ge=1, le=10_000_000), WHOLE]
+    min_n: Annotated[int, Field(ge=1, le=MOST_EXAMPLES), WHOLE]
     metric: Literal["rouge1", "rouge2", "rougeL", "rougeLsum"] = "rouge1"
     margin: Annotated[float, Field(ge=-1, le=1)] = 0.0
     tolerance: Annotated[float, Field(ge=0, le=1)] = 0.02
@@ -105,9 +107,9 @@ class SystemRequest(Closed):
     role: Literal["base", "champion", "candidate"]
     model: Short
     digest: Short
-    scores: dict[Short, Figure]
-    length_ratio: Figure
-    empty_rate: Figure
+    scores: dict[Short, Score]
+    length_ratio: Annotated[Figure, Field(ge=0)]
+    empty_rate: Score
 
 
 class DifferenceRequest(Closed):
@@ -115,14 +117,14 @@ class DifferenceRequest(Closed):
 
     against: Literal["base", "champion", "candidate"]
     metric: Short
-    mean: Figure
-    low: Figure
-    high: Figure
-    n: Annotated[int, Field(ge=0, le=10_000_000), WHOLE]
+    mean: Difference
+    low: Difference
+    high: Difference
+    n: Annotated[int, Field(ge=1, le=MOST_EXAMPLES), WHOLE]
 
 
 class ReportRequest(Closed):
-    """POST .../reports: an evaluation report, as `loraplane eval run` writes it."""
+    """POST .../reports: an evaluation report, as `loraplane eval run` writes it, with every example in it."""
 
     object: Literal["adapter.report"] | None = None
     id: Short | None = None
@@ -135,7 +137,7 @@ class ReportRequest(Closed):
     data_digest: Digest
     code: Line
     settings: dict[str, JsonValue]
-    n: Annotated[int, Field(ge=0, le=10_000_000), WHOLE]
+    n: Annotated[int, Field(ge=1, le=MOST_EXAMPLES), WHOLE]
     systems: Annotated[list[SystemRequest], Field(max_length=8)]
     differences: Annotated[list[DifferenceRequest], Field(max_length=64)]
     examples: Annotated[list[dict[str, JsonValue]], Field(max_length=100_000)]

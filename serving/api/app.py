@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from http import HTTPStatus
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -95,7 +96,9 @@ def _handle_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
-        return http_response(error.status_code, error.headers)
+        # Starlette's own have the phrase as their detail; a route of ours that says more is passed on.
+        said = None if error.detail == HTTPStatus(error.status_code).phrase else error.detail
+        return http_response(error.status_code, error.headers, said)
 
     @app.exception_handler(RequestValidationError)
     async def of_parameters(request: Request, error: RequestValidationError) -> Response:

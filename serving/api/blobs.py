@@ -25,6 +25,8 @@ from serving.api.services import Services
 DigestPath = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="SHA-256, 64 hexadecimal digits")]
 _BYTES: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
+_OCTETS = "Send the bytes as application/octet-stream, not compressed."
+
 
 def mount(app: FastAPI, services: Services) -> None:
     """Add the routes."""
@@ -43,7 +45,7 @@ def mount(app: FastAPI, services: Services) -> None:
     async def put_blob(request: Request, digest: DigestPath) -> Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/octet-stream" or request.headers.get("content-encoding", "identity") != "identity":
-            raise HTTPException(415)
+            raise HTTPException(415, _OCTETS)
         check_length(request, settings.max_blob_bytes)
         if uploads.available_tokens < 1:
             raise QueueFull(f"{settings.max_uploads} blobs are being sent already; try again in a moment.", 2.0)

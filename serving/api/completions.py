@@ -159,13 +159,14 @@ def _wishes(request: Request, body: Generation, *, max_tokens: int | None, logpr
         logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
         logprobs=logprobs,
         skip_special_tokens=body.skip_special_tokens is not False,
-        deadline_s=read_timeout(request.headers.get("x-stainless-read-timeout")),
+        # Of a stream it bounds the silence between two chunks, not the whole answer.
+        deadline_s=None if body.stream else read_timeout(request.headers.get("x-stainless-read-timeout")),
         request_id=body.request_id or str(request.scope["state"]["request_id"]),
     )
 
 
 def read_timeout(header: str | None) -> float | None:
-    """The seconds that an OpenAI client waits at most, which makes a free deadline; None when it does not say."""
+    """The seconds that an OpenAI client waits for a whole answer, a free deadline; None when it does not say."""
     try:
         seconds = float(header or "nan")
     except ValueError:

@@ -123,14 +123,14 @@ HTTP_CODES = {
     408: ("request_timeout", "The request's body did not arrive in time."),
     413: ("too_large", "The request's body is too large."),
     415: ("unsupported_media_type", "Send the body as application/json, not compressed."),
-    431: ("headers_too_large", "The request has too many headers."),
+    431: ("headers_too_large", "The request has too many headers, or too large ones."),
 }
 
 
-def http_response(status: int, extra: Mapping[str, str] | None = None) -> Response:
-    """The answer for a status that HTTP's own machinery raised."""
-    code, message = HTTP_CODES.get(status, ("http_error", HTTPStatus(status).phrase))
-    return plain_response(status, message, code, extra)
+def http_response(status: int, extra: Mapping[str, str] | None = None, message: str | None = None) -> Response:
+    """The answer for a status that HTTP's own machinery raised. message: in place of the status' own."""
+    code, usual = HTTP_CODES.get(status, ("http_error", HTTPStatus(status).phrase))
+    return plain_response(status, message or usual, code, extra)
 
 
 def from_validation(

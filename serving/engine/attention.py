@@ -23,6 +23,7 @@ _BLOCK = 16  # positions that the kernels keep together
 _KEY_BLOCK = 64
 _DECODE_KEYS = 128
 _PREFILL_KEYS = 512
+_QUERIES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +214,14 @@ class PlainCache:
         for chunk, mask in zip(self._chunks, chunk_masks, strict=True):
             keys[chunk.row, :, chunk.start : chunk.end] = k[chunk.first : chunk.last].transpose(0, 1)
             values[chunk.row, :, chunk.start : chunk.end] = v[chunk.first : chunk.last].transpose(0, 1)
-            queries = grouped[chunk.first : chunk.last].permute(1, 2, 0, 3)  # (kv, group, C, dim)
+            count = chunk.last - chunk.first
+            padding = (0, 0, 0, -count % _QUERIES)
+            queries = F.pad(grouped[chunk.first : chunk.last].permute(1, 2, 0, 3), padding)  # (kv, group, C, dim)
             result = _scored(
                 queries.flatten(1, 2)[None], keys[None, chunk.row, :, : chunk.keys], values[None, chunk.row, :, : chunk.keys],
                 mask, h,
             )  # fmt: skip
-            out[chunk.first : chunk.last] = result[0].unflatten(1, queries.shape[1:3]).permute(2, 0, 1, 3)
+            out[chunk.first : chunk.last] = result[0].unflatten(1, queries.shape[1:3])[:, :, :count].permute(2, 0, 1, 3)
         return out.flatten(1)
 
     def _turned(self, x: Tensor, h: Heads, gain: Tensor | None) -> Tensor:
@@ -252,7 +255,10 @@ class PlainCache:
         )
 
     def _masks_of(self, h: Heads) -> list[Tensor | None]:
-        """Additive masks of the decode rows, (span, 1, 1, keys), and of each chunk, (1, 1, group * C, keys)."""
+        """Additive masks of the decode rows, (span, 1, 1, keys), and of each chunk, (1, 1, group * C, keys).
+
+        C is rounded up to a multiple of 32; the queries beyond the chunk are dropped again.
+        """
         group = h.heads // h.kv
         found = self._masks.get((group, h.window))
         if found is None:
@@ -260,7 +266,8 @@ class PlainCache:
             if self._decode is not None:
                 found.append(self._mask(self._decode.at, self._decode.length, h.window)[:, None, None])
             for chunk in self._chunks:
-                at = torch.arange(chunk.start, chunk.end).repeat(group)
+                count = chunk.end - chunk.start
+                at = torch.arange(chunk.start, chunk.end + -count % _QUERIES).repeat(group)
                 found.append(self._mask(at, chunk.keys, h.window)[None, None])
             self._masks[group, h.window] = found
         return [*([None] if self._decode is None else []), *found]

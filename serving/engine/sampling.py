@@ -18,6 +18,8 @@ from serving.engine.scheduler import RowPlan, Sampled
 
 # The most likely tokens that top_p and min_p look at before the whole vocabulary is sorted.
 _HEAD = 1024
+# Below this a draw is the likeliest token anyway, and float32 no longer holds a distribution.
+_COLD = 1e-5
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -42,9 +44,10 @@ def sample(logits: Tensor, rows: Sequence[RowPlan]) -> list[Sampled]:
         for index, row in enumerate(rows):
             if _reshapes(row):
                 _reshape(shaped[index], row)
-        greedy = shaped.argmax(dim=-1)
+        peak, greedy = shaped.max(dim=-1)
+        finite = [f and p for f, p in zip(finite, torch.isfinite(peak).tolist(), strict=True)]
     tokens = greedy.tolist()
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and finite[i]]
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature >= _COLD and finite[i]]
     if drawn:
         for index, token in zip(drawn, _draw(shaped[drawn], [rows[i] for i in drawn]), strict=True):
             tokens[index] = token

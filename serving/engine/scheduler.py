@@ -349,8 +349,8 @@ class Scheduler:
         if sequence.state is State.PREFILL:
             sequence.state = State.DECODE
             sequence.first_token_at = now
-        stop = sampled.token in sampling.stop_token_ids or (sampled.token in self._eos and not sampling.ignore_eos)
-        if stop:
+        asked = sampled.token in sampling.stop_token_ids
+        if not asked and sampled.token in self._eos and not sampling.ignore_eos:
             self._release(sequence)
             yield Finished(number, FinishReason.STOP, sequence.timing(now))
             return
@@ -358,9 +358,10 @@ class Scheduler:
         sequence.output.append(sampled.token)
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
         yield Tokens(number, (sampled.token,), logprobs, sequence.timing(now) if first else None)
-        if len(sequence.output) >= sampling.max_tokens:
+        if asked or len(sequence.output) >= sampling.max_tokens:
             self._release(sequence)
-            yield Finished(number, FinishReason.LENGTH, sequence.timing(now))
+            reason = FinishReason.STOP if asked else FinishReason.LENGTH
+            yield Finished(number, reason, sequence.timing(now))
 
     def abandon(self, digest: str, message: str) -> list[Outgoing]:
         """An adapter could not be brought into its slot: end the sequences that lease it and empty the slot."""

@@ -18,7 +18,8 @@ from adapters.options import (
     opened,
     version_of,
 )
-from adapters.records import Move
+from adapters.records import CHAMPION, Move
+from adapters.registry_door import RegistryDoor
 from adapters.screen import say, show_json, show_table, when
 from adapters.wire import move_to_json, page
 
@@ -47,7 +48,9 @@ def promote(
         raise InvalidRequest("--force needs --reason TEXT; it is kept in the history", "reason")
     expected = expected_of(expect)
     with opened(home, url) as door:
-        _tell(door.promote(name, number, reason=reason or _PROMOTED, force=force, expected=expected), as_json)
+        before = _generation(door, name)
+        move = door.promote(name, number, reason=reason or _PROMOTED, force=force, expected=expected)
+    _tell(move, before, as_json)
 
 
 def rollback(
@@ -66,7 +69,9 @@ def rollback(
     """
     name_of(name)
     with opened(home, url) as door:
-        _tell(door.rollback(name, reason=reason or _ROLLED_BACK, to=to), as_json)
+        before = _generation(door, name)
+        move = door.rollback(name, reason=reason or _ROLLED_BACK, to=to)
+    _tell(move, before, as_json)
 
 
 def history(
@@ -104,12 +109,21 @@ def history(
     )
 
 
-def _tell(move: Move, as_json: bool) -> None:
+def _generation(door: RegistryDoor, name: str) -> int | None:
+    """How often the champion has moved; None when none is."""
+    return next((a.generation for a in door.adapter(name).aliases if a.alias == CHAMPION), None)
+
+
+def _tell(move: Move, before: int | None, as_json: bool) -> None:
+    """The move that was asked for; what changed nothing brings the older move that made it so."""
     if as_json:
         show_json(move_to_json(move))
         return
-    before = "nothing" if move.from_number is None else f"{move.name}@{move.from_number}"
-    say(
-        f"{move.name}@{move.alias} is {move.name}@{move.to_number} now, was {before} "
-        f"({move.action.value} by {move.who})"
-    )
+    if move.generation == before:
+        say(
+            f"{move.name}@{move.alias} is {move.name}@{move.to_number} already, nothing changed "
+            f"({move.action.value} by {move.who} at {when(move.at)})"
+        )
+        return
+    was = "nothing" if move.from_number is None else f"{move.name}@{move.from_number}"
+    say(f"{move.name}@{move.alias} is {move.name}@{move.to_number} now, was {was} ({move.action.value} by {move.who})")

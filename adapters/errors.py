@@ -93,15 +93,17 @@ class UnsupportedParameter(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt and requested tokens do not fit the context."""
+    """Prompt and requested tokens do not fit the context. max_tokens 0: none was asked for, the prompt fills it."""
 
     code = "context_length_exceeded"
 
     def __init__(self, prompt_tokens: int, max_tokens: int, limit: int, param: str = "messages") -> None:
+        if max_tokens and prompt_tokens < limit:
+            rest = f" and {max_tokens} more were asked for. Shorten the prompt or lower max_tokens."
+        else:
+            rest = ", which leaves no room for an answer. Shorten the prompt."
         super().__init__(
-            f"This model's context holds at most {limit} tokens; the prompt has {prompt_tokens} and {max_tokens} "
-            f"more were asked for. Shorten the prompt or lower max_tokens.",
-            param,
+            f"This model's context holds at most {limit} tokens; the prompt has {prompt_tokens}{rest}", param
         )
         self.prompt_tokens, self.max_tokens, self.limit = prompt_tokens, max_tokens, limit
 

@@ -33,7 +33,7 @@ class Role(StrEnum):
 class SystemScores:
     """One system's means over the set. scores: metric -> mean F in 0..1; digest: of the weights that answered.
 
-    length_ratio: mean answer words / mean reference words; empty_rate: share of empty answers.
+    length_ratio: mean answer words / mean reference words, in ROUGE's words; empty_rate: share of empty answers.
     """
 
     role: Role

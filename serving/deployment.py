@@ -7,6 +7,7 @@ deploys it with Serve's own HTTP proxy off.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -67,17 +68,19 @@ class EngineCluster:
         # Serve sets the level of its own logger anew at each start; a filter stays.
         logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.ERROR)
         gpus = 1 if self._config.device.startswith("cuda") else 0
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            configure_logging=True,
-            log_to_driver=False,
-            logging_level="error",
-            object_store_memory=_OBJECT_STORE_BYTES,
-            # Ray counts logical CPUs: enough for its own actors whatever the machine has.
-            num_cpus=8,
-            num_gpus=gpus,
-        )
+        # Ray lets its workers import from the current folder first: from ours, which is empty, not from the caller's.
+        with contextlib.chdir(self._sockets):
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                configure_logging=True,
+                log_to_driver=False,
+                logging_level="error",
+                object_store_memory=_OBJECT_STORE_BYTES,
+                # Ray counts logical CPUs: enough for its own actors whatever the machine has.
+                num_cpus=8,
+                num_gpus=gpus,
+            )
         serve.start(proxy_location=ProxyLocation.Disabled, http_options=HTTPOptions(host="127.0.0.1"))
         bound = _deployment(gpus).bind(self._config, str(self._sockets), self._token)
         try:

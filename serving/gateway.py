@@ -214,7 +214,7 @@ def _max_tokens(
     if given is not None and longest + given > max_model_len:
         raise ContextLengthExceeded(longest, given, max_model_len, param)
     if longest >= max_model_len:
-        raise ContextLengthExceeded(longest, 1, max_model_len, param)
+        raise ContextLengthExceeded(longest, 0, max_model_len, param)
     return min(wanted, max_model_len - longest)
 
 

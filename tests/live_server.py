@@ -39,10 +39,16 @@ class LiveServer:
         self.home = home
         self.env = {**os.environ, "LORAPLANE_HOME": str(home), "OMP_NUM_THREADS": "1", **(env or {})}
         self.log = home / "serve.log"
+        # Every server here starts from a folder whose packages are called as ours are: none of them may be taken.
+        shadow = home / "cwd"
+        for room in ("adapters", "serving"):
+            (shadow / room).mkdir(parents=True)
+            (shadow / room / "__init__.py").touch()
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [LORAPLANE, "serve", "--port", "0", "--threads", "1", *arguments],
                 env=self.env,
+                cwd=shadow,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

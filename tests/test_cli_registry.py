@@ -165,6 +165,20 @@ def test_rollback_goes_one_champion_back_or_to_a_named_one(line: Line) -> None:
     assert [row.split()[4] for row in out.splitlines()[1:3]] == ["rollback", "rollback"]
 
 
+def test_a_move_to_where_the_champion_is_says_that_nothing_changed(line: Line) -> None:
+    """The move that once brought it there was shown as if it were new."""
+    for seed in range(2):
+        number = line.publish(seed=seed)["number"]
+        line.json("promote", f"summarize@{number}", "--force", "--reason", "test")
+    moves = line.json("history", "summarize")
+    for words in (("promote", "summarize@2"), ("rollback", "summarize", "--to", "2")):
+        status, out, _ = line(*words)
+        assert status == 0
+        assert "summarize@champion is summarize@2 already, nothing changed" in out
+    assert line.json("history", "summarize") == moves
+    assert "is summarize@1 now, was summarize@2" in line("rollback", "summarize")[1]
+
+
 def test_promotion_that_expects_another_champion_moves_nothing(line: Line) -> None:
     line.publish()
     line.publish(seed=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.errors import DataRefused
+from adapters.errors import DataRefused, InvalidRequest
 from adapters.reports import Role
 from train.offline import score_file
 from train.rouge import Rouge
@@ -67,6 +67,29 @@ def test_systems_are_scored_with_length_and_emptiness() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("language", "reference", "answer"),
+    [
+        ("zh", "今天天气很好我们去公园", "今天天气"),
+        ("ja", "今日はとても良い天気です", "今日はと"),
+        ("th", "วันนี้อากาศดีมาก", "วันน"),
+    ],
+)
+def test_length_counts_where_no_blanks_stand_between_words(language: str, reference: str, answer: str) -> None:
+    """Counted by blanks, every such text is one word long, and no answer is too short or too long."""
+    scored = score_cases([case(reference, reference * 3, answer)], SYSTEMS, Rouge(language), seed=0)
+    base, candidate = scored.systems
+    assert base.length_ratio == pytest.approx(3)
+    assert candidate.length_ratio < 0.5
+
+
+@pytest.mark.parametrize("language", ["klingon", "EN", "e", "", "en\n"])
+def test_a_language_that_is_no_code_is_refused(language: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        Rouge(language)
+    assert refusal.value.param == "language"
+
+
 def test_an_empty_set_is_refused() -> None:
     with pytest.raises(DataRefused):
         score_cases([], SYSTEMS, Rouge("en"), seed=0)
@@ -92,6 +115,12 @@ def test_a_file_of_predictions_is_scored_without_a_server(tmp_path: Path) -> Non
     assert own.scores["rouge1"] == pytest.approx(1.0)
     assert next(d for d in scored.differences if d.metric == "rouge1").mean == pytest.approx(0.5)
     assert json.dumps(scored.to_json())
+
+
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prediction": "a b", "reference": "a b"}\r\n')
+    assert score_file(path, language="en", seed=0).n == 1
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,15 @@ async def test_prompt_and_answer_must_fit_the_context(case: Case) -> None:
     assert case.gateway.admission.inflight == 0
 
 
+@pytest.mark.parametrize("max_tokens", [None, 7])
+async def test_a_prompt_that_fills_the_context_is_told_to_be_shorter(case: Case, max_tokens: int | None) -> None:
+    """It said `and 1 more were asked for` to somebody who had asked for none, and to lower what was not there."""
+    command = CompletionCommand(Wishes("base", max_tokens=max_tokens), (tuple([1] * case.engine.max_model_len),))
+    with pytest.raises(ContextLengthExceeded, match=r"no room for an answer\. Shorten the prompt\.$") as caught:
+        await case.gateway.completion(command)
+    assert caught.value.max_tokens == (max_tokens or 0)
+
+
 async def test_a_default_length_is_cut_to_what_the_context_has_left(case: Case) -> None:
     command = CompletionCommand(Wishes("base"), (tuple([1] * 250),))
     await (await case.gateway.completion(command)).collect()

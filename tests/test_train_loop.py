@@ -112,6 +112,12 @@ def test_training_learns_and_leaves_a_version_with_its_facts(case: TrainCase) ->
     assert (done.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_constant_rate_warms_up_as_the_run_says(case: TrainCase) -> None:
+    """optim.warmup was left out where the schedule is constant."""
+    done = run_job(case, "optim.schedule=constant", "optim.warmup=4", "optim.max_steps=6")
+    assert [m[2] for m in metrics(done.folder)] == pytest.approx([0.0, 0.0025, 0.005, 0.0075, 0.01, 0.01])
+
+
 def test_the_peft_folder_names_the_base_and_holds_nothing_of_this_machine(case: TrainCase) -> None:
     adapter = run_job(case).folder / "adapter"
     assert sorted(p.name for p in adapter.iterdir()) == [
@@ -316,7 +322,7 @@ def test_rows_that_are_tested_on_are_not_trained_on(tmp_path: Path, tiny_base: P
         prepared = job.prepare(case.run(), case.home, door)
     finally:
         door.close()
-    assert (prepared.leaked, len(prepared.rows.rows)) == (10, 54)
+    assert (prepared.rows.leaked, len(prepared.rows.rows)) == (10, 54)
 
 
 def test_cancelled_is_what_a_stop_raises() -> None:

@@ -55,6 +55,9 @@ def train(
         prepared = job.prepare(run, Home.find(home), door)
         if dry_run or not as_json:
             _introduce(prepared, full=dry_run, as_json=as_json)
+        # A programme that asks for the plan finds them in it.
+        for caution in prepared.cautions if not (dry_run and as_json) else ():
+            told.say(f"warning: {caution}")
         if dry_run:
             return
         if publish_step is not None:
@@ -151,6 +154,7 @@ def _introduce(prepared: Prepared, *, full: bool, as_json: bool) -> None:
     if as_json:
         say(json.dumps({"event": "plan", **facts, "examples": prepared.shown}))
         return
+    del facts["warnings"]  # said by themselves
     for key, value in facts.items():
         sys.stderr.write(f"  {key.replace('_', ' ')}: {value}\n")
     for text in prepared.shown if full else ():

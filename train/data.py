@@ -16,6 +16,7 @@ from adapters.prompts import ROLES, Example, Message, Renderer
 from adapters.records import PromptFormat
 from adapters.runs import DOCSTRINGS, Columns, DataSpec
 from train import docstrings, tables
+from train.leaks import HeldOut, repeated, words
 from train.tables import MAX_CHARS
 
 
@@ -39,10 +40,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RowSet:
-    """Rows in the order of use, with a name for people and a digest for programmes."""
+    """Rows in the order of use, with a name for people and a digest for programmes.
+
+    leaked: how many rows to train on were left out because they show what is tested. repeated: of rows to train on how
+    many say what an earlier one says, of rows to evaluate on how many were left out because an earlier one asks the
+    same.
+    """
 
     name: str
     rows: tuple[Row, ...]
+    leaked: int = 0
+    repeated: int = 0
 
     @property
     def digest(self) -> str:
@@ -70,11 +78,24 @@ class ExampleSet:
 
 
 def training_rows(spec: DataSpec, home: Home) -> RowSet:
-    """The rows to train on, shuffled by the data seed. Raises DataRefused, naming the row at fault."""
-    rows = _limited(_part(spec, home, held_out=False), spec.seed, spec.limit)
+    """The rows to train on, shuffled by the data seed; none of them shows what a held-out row asks.
+
+    Raises DataRefused, naming the row at fault.
+    """
+    train, test = _sides(spec, home)
+    rows = _fitting(spec, train)
+    if not rows:
+        raise DataRefused(f"{_title(spec)} has no rows to train on")
+    # All of them, long ones and those beyond eval_limit too: another evaluation may draw them.
+    held_out = HeldOut(test)
+    kept = [row for row in rows if not held_out.shown_by(row)]
+    if not kept:
+        raise DataRefused(f"{_title(spec)}: every row is in the evaluation set too; nothing is left to train on")
+    used = _limited(kept, spec.seed, spec.limit)
+    copies = repeated(used)
     if spec.shuffle_targets:
-        rows = _shuffled_targets(rows, spec.seed)
-    return RowSet(f"{_title(spec)}/train", tuple(rows))
+        used = _shuffled_targets(used, spec.seed)
+    return RowSet(f"{_title(spec)}/train", tuple(used), leaked=len(rows) - len(kept), repeated=copies)
 
 
 def evaluation_rows(spec: DataSpec, home: Home, limit: int | None = None) -> RowSet:
@@ -82,14 +103,15 @@ def evaluation_rows(spec: DataSpec, home: Home, limit: int | None = None) -> Row
 
     Of rows with one prompt the first alone: a row said twice is no second piece of evidence.
     """
+    tested = _tested(spec, home)
     distinct: dict[str, Row] = {}
-    for row in _part(spec, home, held_out=True):
+    for row in tested:
         distinct.setdefault(prompt_key(row.prompt), row)
     rows = _limited([*distinct.values()], spec.seed, limit or spec.eval_limit)
     for row in rows:
         if not row.reference.strip():
             raise DataRefused(f"{_title(spec)}: row {row.id} has an empty reference; ROUGE would score it 0 whatever")
-    return RowSet(f"{_title(spec)}/test", tuple(rows))
+    return RowSet(f"{_title(spec)}/test", tuple(rows), repeated=len(tested) - len(distinct))
 
 
 def render(rows: RowSet, renderer: Renderer, fmt: PromptFormat, max_length: int) -> ExampleSet:
@@ -131,27 +153,48 @@ def marked(example: Example, renderer: Renderer) -> str:
 
 def prompt_key(turns: Sequence[Message]) -> str:
     """What makes two prompts the same prompt: their words, turn by turn; blanks between them do not count."""
-    return json.dumps([" ".join(m.content.split()) for m in turns])
+    return json.dumps([words(m) for m in turns])
 
 
-def _part(spec: DataSpec, home: Home, *, held_out: bool) -> list[Row]:
-    """All rows of one side, in the source's order, long prompts left out."""
+def _sides(spec: DataSpec, home: Home) -> tuple[list[Row], list[Row]]:
+    """All rows to train on and all held-out ones, in the source's order."""
     if spec.source == DOCSTRINGS:
         task = spec.task or docstrings.TASKS[0]
-        split = "test" if held_out else "train"
-        found = docstrings.rows_of(docstrings.load(home.data), task, split)
-        rows = [Row(r.id, (Message("user", r.prompt), Message("assistant", r.completion))) for r in found]
-    elif spec.eval_source is not None or spec.eval_split is not None:
-        source = (spec.eval_source or spec.source) if held_out else spec.source
-        split = (spec.eval_split or spec.split) if held_out else spec.split
-        rows = _read(source, split, spec.columns)
+        functions = docstrings.load(home.data)
+        train, test = (
+            [
+                Row(r.id, (Message("user", r.prompt), Message("assistant", r.completion)))
+                for r in docstrings.rows_of(functions, task, split)
+            ]
+            for split in docstrings.SPLITS
+        )
+        return train, test
+    rows = _read(spec.source, spec.split, spec.columns)
+    if spec.eval_source is not None or spec.eval_split is not None:
+        return rows, _read(spec.eval_source or spec.source, spec.eval_split or spec.split, spec.columns)
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        sides[_held_out(row, spec.holdout)].append(row)
+    return sides
+
+
+def _tested(spec: DataSpec, home: Home) -> list[Row]:
+    """The held-out rows that fit; rows to train on are not read where they lie elsewhere."""
+    if spec.source != DOCSTRINGS and (spec.eval_source is not None or spec.eval_split is not None):
+        rows = _read(spec.eval_source or spec.source, spec.eval_split or spec.split, spec.columns)
     else:
-        rows = [r for r in _read(spec.source, spec.split, spec.columns) if _held_out(r, spec.holdout) == held_out]
-    if spec.max_chars is not None:
-        rows = [r for r in rows if sum(len(m.content) for m in r.prompt) <= spec.max_chars]
+        rows = _sides(spec, home)[1]
+    rows = _fitting(spec, rows)
     if not rows:
-        raise DataRefused(f"{_title(spec)} has no rows to {'evaluate' if held_out else 'train'} on")
+        raise DataRefused(f"{_title(spec)} has no rows to evaluate on")
     return rows
+
+
+def _fitting(spec: DataSpec, rows: list[Row]) -> list[Row]:
+    """The rows without those whose prompts are too long for this run."""
+    if spec.max_chars is None:
+        return rows
+    return [r for r in rows if sum(len(m.content) for m in r.prompt) <= spec.max_chars]
 
 
 def _held_out(row: Row, share: float) -> bool:

@@ -25,6 +25,7 @@ from adapters.runs import TrainRun
 from adapters.shelf import chosen_base
 from train import data
 from train.batching import Plan, plan
+from train.checks import cautions, check_publishable, check_rate
 from train.data import ExampleSet, RowSet
 from train.progress import Reporter
 
@@ -34,7 +35,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run with everything that is known before the first step. leaked: rows left out because they are tested on."""
+    """A run with everything that is known before the first step."""
 
     run: TrainRun
     base: BaseRecord
@@ -45,9 +46,9 @@ class Prepared:
     plan: Plan
     digest: str
     folder: Path
-    leaked: int
     pad_id: int
     shown: tuple[str, ...]
+    cautions: tuple[str, ...]
 
     def summary(self) -> dict[str, object]:
         """What `--dry-run` tells, as plain JSON values."""
@@ -61,12 +62,14 @@ class Prepared:
             "data_digest": self.rows.digest,
             "held_out_rows": 0 if self.held_out is None else len(self.held_out.rows),
             "held_out_digest": None if self.held_out is None else self.held_out.digest,
-            "left_out_because_held_out": self.leaked,
+            "left_out_because_held_out": self.rows.leaked,
+            "repeated_rows": self.rows.repeated,
             "steps": len(self.plan.batches),
             "padding_share": round(self.plan.padding, 4),
             "truncated_share": round(self.examples.truncated / len(self.examples.examples), 4),
             "loss_tokens": self.examples.loss_tokens,
             "tokens": sum(len(e.ids) for e in self.examples.examples),
+            "warnings": list(self.cautions),
         }
 
 
@@ -101,6 +104,7 @@ def prepare(run: TrainRun, home: Home, door: RegistryDoor) -> Prepared:
     base = chosen_base(door.bases(), run.base)
     # Else an adapter is trained and published that nothing can serve.
     check_family(base.family)
+    check_publishable(run, base, door)
     folder = open_base(home, base)
     rows = data.training_rows(run.data, home)
     try:
@@ -109,12 +113,8 @@ def prepare(run: TrainRun, home: Home, door: RegistryDoor) -> Prepared:
         if run.gate is not None:
             raise
         held_out = None  # nothing to evaluate on, and nothing asks for it
-    tested = {r.prompt for r in held_out.rows} if held_out else set()
-    kept = RowSet(rows.name, tuple(r for r in rows.rows if r.prompt not in tested))
-    if not kept.rows:
-        raise DataRefused(f"{rows.name}: every row is in the evaluation set too; nothing is left to train on")
     renderer = Renderer(folder)
-    examples = data.render(kept, renderer, run.prompt_format.record(), run.max_length)
+    examples = data.render(rows, renderer, run.prompt_format.record(), run.max_length)
     batches = plan(
         [len(e.ids) for e in examples.examples],
         epochs=run.optim.epochs,
@@ -124,21 +124,22 @@ def prepare(run: TrainRun, home: Home, door: RegistryDoor) -> Prepared:
         max_steps=run.optim.max_steps,
         fraction=run.optim.fraction,
     )
+    check_rate(run.optim, len(batches.batches))
     code = f"loraplane {metadata.version('loraplane')}"
-    digest = run.digest(base_digest=base.digest, data_digest=kept.digest, code=code)
+    digest = run.digest(base_digest=base.digest, data_digest=rows.digest, code=code)
     return Prepared(
         run=run,
         base=base,
         base_folder=folder,
-        rows=kept,
+        rows=rows,
         held_out=held_out,
         examples=examples,
         plan=batches,
         digest=digest,
         folder=home.runs / f"{run.name}-{digest[:12]}",
-        leaked=len(rows.rows) - len(kept.rows),
         pad_id=renderer.pad_token_id,
         shown=tuple(data.marked(e, renderer) for e in examples.examples[:_SHOWN]),
+        cautions=cautions(run, held_out, len(batches.batches)),
     )
 
 

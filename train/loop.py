@@ -25,6 +25,7 @@ from adapters.records import PromptFormat
 from adapters.runs import TrainRun
 from train import checkpoints
 from train.batching import Plan, padded
+from train.checks import warmup_steps
 from train.progress import Reporter
 
 if TYPE_CHECKING:
@@ -341,8 +342,9 @@ def _arguments(run: TrainRun, place: RunPlace, steps: int) -> TrainingArguments:
         per_device_train_batch_size=1,  # an item is a whole batch
         max_steps=steps,
         learning_rate=run.optim.lr,
-        lr_scheduler_type=run.optim.schedule,
-        warmup_steps=run.optim.warmup,
+        # transformers' plain constant schedule knows no warm-up; the other one is the same without one.
+        lr_scheduler_type="constant_with_warmup" if run.optim.schedule == "constant" else run.optim.schedule,
+        warmup_steps=warmup_steps(run.optim, steps),
         weight_decay=run.optim.weight_decay,
         max_grad_norm=run.optim.grad_clip,
         optim="adamw_torch",

@@ -55,7 +55,8 @@ def score_file(path: Path, *, language: str, seed: int) -> OfflineScores:
 
 def _cases(path: Path) -> list[Case]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: texts may hold U+2028
+        # utf-8-sig: editors on Windows begin a file with a mark. Not splitlines: texts may hold U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataRefused(f"cannot read {path}: {error}") from error
     cases = [_case(f"{path}#{number}", line) for number, line in enumerate(lines, 1) if line.strip()]

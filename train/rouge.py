@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from adapters.errors import DataRefused, ExtraMissing
+from adapters.errors import DataRefused, ExtraMissing, InvalidRequest
 from adapters.reports import ROUGE_METRICS
 
 TOKENIZER = "ascii: rouge-score 0.1.2; else: NFKC, lower case, words of letters, marks and numbers, Han/kana/Thai split"
-STEMMED_LANGUAGES = frozenset({"en"})
+STEMMED_LANGUAGES = frozenset({"en", "eng"})
 
+_LANGUAGE = re.compile(r"[a-z]{2,3}")
 # Scripts written without spaces between words: each character counts as a word.
 _UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -60,16 +61,25 @@ class WordTokenizer:
 
 
 class Rouge:
-    """Scores predictions. language: of the texts; it chooses the stemmer and the sentence rules."""
+    """Scores predictions. language: of the texts, as an ISO 639 code; it chooses the stemmer and the sentence rules.
+
+    Raises InvalidRequest when the language is no such code.
+    """
 
     def __init__(self, language: str = "en") -> None:
+        if _LANGUAGE.fullmatch(language) is None:
+            raise InvalidRequest(
+                f"a language is an ISO 639 code of two or three small letters, such as en, de or ru, not {language!r}",
+                "language",
+            )
         try:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError as error:
             raise ExtraMissing("eval", "ROUGE") from error
         self.language = language
         self.stemmed = language in STEMMED_LANGUAGES
-        self._scorer = RougeScorer(list(ROUGE_METRICS), tokenizer=WordTokenizer(self.stemmed))
+        self._tokenizer = WordTokenizer(self.stemmed)
+        self._scorer = RougeScorer(list(ROUGE_METRICS), tokenizer=self._tokenizer)
 
     def score(self, prediction: str, references: Sequence[str]) -> Mapping[str, Score]:
         """Metric -> score; of several references each metric takes its best. Raises DataRefused on an empty one."""
@@ -77,6 +87,10 @@ class Rouge:
             raise DataRefused("a reference is empty; ROUGE would score every answer 0 on it")
         found = self._scorer.score_multi([self._lines(r) for r in references], self._lines(prediction))
         return {m: Score(float(found[m].precision), float(found[m].recall), float(found[m].fmeasure)) for m in found}
+
+    def length(self, text: str) -> int:
+        """How many words the text has, as they are compared: of Chinese, Japanese and Thai its characters."""
+        return len(self._tokenizer.tokenize(text))
 
     def _lines(self, text: str) -> str:
         """One sentence a line, as rougeLsum wants it; to the other metrics a newline is a space."""

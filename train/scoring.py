@@ -53,7 +53,7 @@ def score_cases(cases: Sequence[Case], systems: Sequence[SystemId], rouge: Rouge
     scores: dict[Role, tuple[Mapping[str, Score], ...]] = {}
     for system in systems:
         scores[system.role] = tuple(rouge.score(c.answers[system.role], c.references) for c in cases)
-    found = tuple(_system(system, cases, scores[system.role]) for system in systems)
+    found = tuple(_system(system, cases, scores[system.role], rouge) for system in systems)
     others = [s.role for s in systems if s.role is not Role.CANDIDATE]
     differences = tuple(
         paired_difference(
@@ -99,7 +99,10 @@ def interval(values: Sequence[float], *, seed: int) -> tuple[float, float]:
     ).confidence_interval
     low, high = float(found.low), float(found.high)
     # BCa fails where nearly all values are equal; the whole range is then the honest answer.
-    return (low, high) if math.isfinite(low) and math.isfinite(high) else (float(min(values)), float(max(values)))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return float(min(values)), float(max(values))
+    # Of few and very skewed values it can miss the mean itself.
+    return min(low, mean), max(high, mean)
 
 
 def examples_of(cases: Sequence[Case], scored: Scored) -> tuple[Mapping[str, object], ...]:
@@ -126,19 +129,21 @@ def extremes(report: Report, metric: str, count: int) -> tuple[list[Mapping[str,
     return [dict(e) for e in order[:count]], [dict(e) for e in reversed(order[len(order) - count :])]
 
 
-def _system(system: SystemId, cases: Sequence[Case], scores: Sequence[Mapping[str, Score]]) -> SystemScores:
+def _system(
+    system: SystemId, cases: Sequence[Case], scores: Sequence[Mapping[str, Score]], rouge: Rouge
+) -> SystemScores:
     n = len(cases)
     return SystemScores(
         role=system.role,
         model=system.model,
         digest=system.digest,
         scores={metric: math.fsum(s[metric].f for s in scores) / n for metric in ROUGE_METRICS},
-        length_ratio=_length_ratio(system.role, cases),
+        length_ratio=_length_ratio(system.role, cases, rouge),
         empty_rate=sum(not c.answers[system.role].strip() for c in cases) / n,
     )
 
 
-def _length_ratio(role: Role, cases: Sequence[Case]) -> float:
-    """Mean words of an answer over mean words of a reference."""
-    words = sum(len(c.answers[role].split()) for c in cases)
-    return words / max(1, sum(len(c.references[0].split()) for c in cases))
+def _length_ratio(role: Role, cases: Sequence[Case], rouge: Rouge) -> float:
+    """Mean words of an answer over mean words of a reference, in the scorer's own words."""
+    words = sum(rouge.length(c.answers[role]) for c in cases)
+    return words / max(1, sum(rouge.length(c.references[0]) for c in cases))

@@ -146,6 +146,9 @@ def run(argv: list[str]) -> int:
         said = " ".join(str(error).split()) or type(error).__name__
         hint = "" if known else f" ({type(error).__name__}; {DEBUG_VARIABLE}=1 shows where)"
         return _complain(reason, said + hint, exit_code(type(error)))
+    if code == INTERRUPT_EXIT_CODE:
+        # typer makes an exit of a Ctrl-C, without a word.
+        return _complain("interrupted", "stopped", INTERRUPT_EXIT_CODE)
     return code if isinstance(code, int) else 0
 
 

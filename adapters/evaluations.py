@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from adapters import schema
 from adapters.errors import Conflict, GateRefused, InvalidRequest, RecordNotFound
-from adapters.gate import decide
+from adapters.gate import decide, rival_of
 from adapters.records import AdapterVersion
 from adapters.reports import GatePolicy, Report, Verdict, check_policy, check_report, report_from_json
 from adapters.schema import Database
@@ -125,8 +125,10 @@ class Evaluations:
         """The report of a digest that a row named."""
         return report_from_json(json.loads(self._store.read_verified(digest)))
 
-    def admit(self, connection: sa.Connection, version: AdapterVersion, champion_digest: str | None) -> str | None:
+    def admit(self, connection: sa.Connection, version: AdapterVersion, champion: AdapterVersion | None) -> str | None:
         """Let the gate judge a version; the digest of the report it judged by. Raises GateRefused."""
+        rival = rival_of(version, champion)
+        champion_digest = None if rival is None else rival.digest
         policy = self.policy(connection, version.name)
         report = None if policy is None else self._relevant(connection, version.digest, policy, champion_digest)
         decision = decide(report, policy, version_digest=version.digest, champion_digest=champion_digest)

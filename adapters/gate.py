@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from adapters.records import AdapterVersion
 from adapters.reports import Decision, GatePolicy, Report, Role, Verdict, prompt_of
+
+
+def rival_of(version: AdapterVersion, champion: AdapterVersion | None) -> AdapterVersion | None:
+    """The champion that a version must hold its own against.
+
+    None when there is none, or when it stands on another base: no server holds both, so no run can ask both.
+    """
+    return champion if champion is not None and champion.base_digest == version.base_digest else None
 
 
 def decide(
@@ -10,7 +19,7 @@ def decide(
 ) -> Decision:
     """Judge a report by a policy. Every rule that does not hold is a reason, in words with figures.
 
-    version_digest: the candidate; champion_digest: what is live now, None when nothing is. UNDECIDED: what is there is
+    version_digest: the candidate; champion_digest: its rival, None when it has none. UNDECIDED: what is there is
     no ground for a judgement (no policy, no report, too few examples). FAIL wins over UNDECIDED.
     """
     if policy is None:

@@ -284,7 +284,7 @@ class Registry:
             expect(name, CHAMPION, now, expected_version)
             report = None
             if not force and (now is None or now.number != number):
-                champion = None if now is None else self._shelf.version(connection, name, now.number).digest
+                champion = None if now is None else self._shelf.version(connection, name, now.number)
                 report = self._evaluations.admit(connection, version, champion)
             action = MoveAction.FORCED if force else MoveAction.PROMOTE
             return move(

@@ -61,7 +61,8 @@ class Report:
     """An evaluation bound to digests; it speaks for these very weights, data, settings and code, and no others.
 
     settings: how answers were made (sampling, stops, seed, tokenizer of ROUGE ...). examples: one mapping per
-    example with `prompt`, `reference`, `answers` (role -> text) and `scores` (role -> metric -> F).
+    example with `prompt`, `reference`, `answers` (role -> text) and `scores` (role -> metric -> F), and `before`, the
+    turns before the prompt, where there are any.
     """
 
     adapter: str
@@ -146,8 +147,8 @@ class Decision:
 
 
 def prompt_of(example: Mapping[str, Any]) -> str:
-    """What makes an example's prompt the same as another's: its words; blanks between them do not count."""
-    return " ".join(str(example.get("prompt", "")).split())
+    """What makes an example's prompt the same as another's: the words of all its turns, whatever blanks are between."""
+    return " ".join(f"{example.get('before') or ''} {example.get('prompt')}".split())
 
 
 def check_policy(policy: GatePolicy) -> None:

@@ -228,11 +228,10 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> TrainRun:
     Raises RunInvalid, which names the field and, for an unknown key, the nearest known one.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RunInvalid(f"cannot read {path}: {error.strerror if isinstance(error, OSError) else error}") from error
-    except yaml.YAMLError as error:
-        raise RunInvalid(f"{path} is not YAML: {error}") from error
+    raw = _yaml(text, f"{path} is not YAML")
     if not isinstance(raw, dict):
         raise RunInvalid(f"{path} must hold a mapping: name, data, ...")
     for override in overrides:
@@ -266,15 +265,36 @@ def eval_data(text: str, like: DataSpec | None = None) -> DataSpec:
         raise RunInvalid("--data: " + "; ".join(_told(e) for e in error.errors(include_url=False))) from error
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe part, without the licence to say a key twice: the second would win in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            seen.add(name)
+        return node
+
+
+def _yaml(text: str, problem: str) -> Any:
+    """The value of a YAML text. problem: what a refusal begins with. Raises RunInvalid."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise RunInvalid(f"{problem}: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+        raise RunInvalid(f"{problem}: {error}") from error
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     """Set one dotted key, making the mappings on the way."""
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise RunInvalid(f"--set {override!r}: write KEY=VALUE, for example optim.lr=1e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RunInvalid(f"--set {override!r}: the value is not YAML: {error}") from error
+    value = _yaml(text, f"--set {override!r}: the value is not YAML")
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 takes 1e-4 for a text

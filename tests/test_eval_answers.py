@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from adapters.errors import Conflict, InvalidRequest, NotReady, ServerUnreachable
+from adapters.errors import Conflict, DataRefused, NotReady, ServerUnreachable
 from adapters.home import Home
 from adapters.prompts import Message
 from adapters.records import PromptFormat
@@ -115,9 +115,9 @@ def test_a_busy_server_is_asked_again_and_a_dead_one_not_for_ever() -> None:
     assert len(dead.asked) == ATTEMPTS
 
 
-def test_a_refusal_is_not_asked_again() -> None:
+def test_a_refusal_is_not_asked_again_and_names_its_row() -> None:
     server = Server(lambda call: failing(400, "invalid_value"))
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(DataRefused, match="row 0 cannot be asked of a@3"):
         ask(server, CANDIDATE, rows=ROWS[:1])
     assert len(server.asked) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,25 @@ def test_the_docstring_leaves_the_source_and_the_name_is_masked_wherever_it_stan
     (found,) = only(tmp_path, source())
     assert (found.name, found.doc) == ("count_rows", "Count all rows of a table.")
     assert found.source == "def f(rows):\n" + BODY.format(name="f").rstrip("\n")
+
+
+def test_the_name_is_masked_with_and_without_its_underscores(tmp_path: Path) -> None:
+    """The wanted name has no underscores around it, so masking `_get_shell` alone left the answer in the source."""
+    text = source(name="_get_shell", doc="Find the shell of this user.")
+    text = text.replace("total = 0", "total = get_shell(rows) + self.__get_shell + get_shells")
+    (found,) = only(tmp_path, text)
+    assert found.name == "get_shell"
+    assert "total = f(rows) + self.f + get_shells" in found.source
+
+
+def test_a_source_that_shows_the_name_in_other_letters_is_left_out(tmp_path: Path) -> None:
+    assert only(tmp_path, source().replace("total = 0", "total = COUNT_ROWS")) == []
+
+
+def test_a_source_that_says_the_whole_sentence_is_left_out(tmp_path: Path) -> None:
+    told = source().replace("total = 0", "total = 0  # count all\n    #  ROWS of a table")
+    assert only(tmp_path, told) == []
+    assert len(only(tmp_path, told.replace("ROWS of a table", "ROWS of the table"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -113,7 +133,7 @@ def test_no_package_is_in_both_splits(stdlib: list[SourceFile]) -> None:
 def test_no_row_shows_what_is_asked_for(stdlib: list[SourceFile]) -> None:
     for function in harvest(stdlib):
         assert function.doc not in function.source
-        assert f"def {function.name}(" not in function.source
+        assert function.name not in re.findall(r"\w+", function.source)
 
 
 def test_both_tasks_ask_about_the_same_functions(stdlib: list[SourceFile]) -> None:

@@ -144,9 +144,9 @@ def test_an_earlier_step_can_be_published_and_does_not_pass_for_the_run(case: Tr
     door = case.door()
     try:
         prepared = job.prepare(case.run(), case.home, door)
-        early = job.publish_step(prepared, door, 20)
+        early = job.publish_step(prepared, door, Quiet(), 20)
         with pytest.raises(RunInvalid, match="kept are 20, 25"):
-            job.publish_step(prepared, door, 5)
+            job.publish_step(prepared, door, Quiet(), 5)
     finally:
         door.close()
     assert (early.version.number, early.version.facts["steps"]) == (2, 20)
@@ -225,7 +225,34 @@ class Unreachable:
         raise ServerUnreachable("gone")
 
 
-def test_a_run_that_could_not_be_published_is_published_without_training_again(case: TrainCase) -> None:
+@pytest.mark.parametrize("every", ["5", "0"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_run_that_could_not_be_published_is_published_without_training_again(
+    case: TrainCase, every: str, force: bool
+) -> None:
+    """Where no states were saved, the finished adapter was deleted and trained again."""
+    setting = f"checkpoint.every_steps={every}"
+    told = Steps()
+    door = case.door()
+    try:
+        prepared = job.prepare(case.run(setting), case.home, door)
+        with pytest.raises(ServerUnreachable):
+            job.train(prepared, Unreachable(door), told, resume=False, force=force, resume_command="")  # type: ignore[arg-type]
+    finally:
+        door.close()
+    place = folder_of(case) / "again" if force else folder_of(case)
+    assert f"it lies in {place / 'adapter'}" in told.said[-1]
+    assert f"loraplane adapters publish backwards {place / 'adapter'} --base tiny" in told.said[-1]
+    seen = metrics(place)
+    again = Steps()
+    done = run_job(case, setting, resume=force, force=force, reporter=again)
+    assert done.version.id == "backwards@1"
+    assert done.version.facts["final_loss"] is not None
+    assert again.seen == []
+    assert metrics(done.folder) == seen
+
+
+def test_a_finished_adapter_whose_bytes_changed_is_not_published(case: TrainCase) -> None:
     door = case.door()
     try:
         prepared = job.prepare(case.run(), case.home, door)
@@ -233,19 +260,67 @@ def test_a_run_that_could_not_be_published_is_published_without_training_again(c
             job.train(prepared, Unreachable(door), Quiet(), resume=False, force=False, resume_command="")  # type: ignore[arg-type]
     finally:
         door.close()
-    seen = metrics(folder_of(case))
+    config = prepared.folder / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(RunInvalid, match="interrupted"):
+        run_job(case)
+
+
+def test_a_forced_training_leaves_the_finished_run_until_it_is_done(case: TrainCase) -> None:
+    """Ctrl-C under --force left neither the published run's steps nor a command that went on."""
+    whole = run_job(case)
+    kept = sorted(p.name for p in (whole.folder / "steps").iterdir())
+    with pytest.raises(Cancelled):
+        run_job(case, reporter=CtrlC(1), force=True)
+    assert sorted(p.name for p in (whole.folder / "steps").iterdir()) == kept
+    assert len(metrics(whole.folder)) == 26
     steps = Steps()
-    done = run_job(case, reporter=steps)
-    assert done.version.id == "backwards@1"
-    assert steps.seen == []
-    assert metrics(done.folder) == seen
+    resumed = run_job(case, resume=True, force=True, reporter=steps)
+    assert steps.seen == list(range(5, 27))
+    assert (resumed.fresh, resumed.version.digest) == (True, whole.version.digest)
+    assert not (whole.folder / "again").exists()
+    assert len(metrics(whole.folder)) == 26
+
+
+def test_ctrl_c_under_force_says_a_command_that_goes_on(case: TrainCase) -> None:
+    process = child(case, "--force", "--set", "optim.epochs=400")
+    when(lambda: any(len(p.read_text().splitlines()) > 3 for p in case.home.runs.glob("*/*/metrics.jsonl")), process)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.rstrip().endswith("--force --resume")
+
+
+def test_edited_settings_that_leave_the_weights_are_told_with_the_way_to_change_them(case: TrainCase) -> None:
+    """They were ignored without a word, also where --force trained the same bytes again."""
+    run_job(case)
+    for force in (False, True):
+        told = Steps()
+        edits = ("gate.margin=0.5", "eval.max_tokens=9", "note=new", "data.eval_limit=9", "checkpoint.keep=9")
+        run_job(case, *edits, force=force, reporter=told)
+        lines = [line for line in told.said if "has no effect" in line]
+        assert len(lines) == 4
+        data, evaluation, gate, note = lines
+        assert "backwards@1" in gate
+        assert "gate.margin 0.5, not 0.0" in gate
+        assert "loraplane adapters policy backwards" in gate
+        assert "eval.max_tokens 9, not 8" in evaluation
+        assert "data.eval_limit 9, not 8" in data
+        assert "note 'new', not ''" in note
+    told = Steps()
+    run_job(case, reporter=told)
+    assert not [line for line in told.said if "has no effect" in line]
 
 
 class Steps(Quiet):
-    """Remembers which steps were told."""
+    """Remembers which steps were told, and what was said."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def step(self, done: int, **figures: float) -> None:
         self.seen.append(done)

@@ -106,3 +106,14 @@ def test_a_dry_run_shows_what_will_disappoint(case: TrainCase, capsys: pytest.Ca
     assert cli.run([*line, "--json"]) == 0
     (warning,) = json.loads(capsys.readouterr().out.splitlines()[-1])["warnings"]
     assert "gate.min_n is 999" in warning
+
+
+def test_an_early_ctrl_c_ends_with_a_word(
+    case: TrainCase, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "prepare", pressed)
+    assert cli.run(["train", str(case.run_file), "--home", str(case.home.root)]) == 130
+    assert "error[interrupted]: stopped" in capsys.readouterr().err.splitlines()

@@ -75,6 +75,32 @@ def test_a_file_that_is_no_run_is_told_in_one_line(tmp_path: Path) -> None:
         load_run(tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data: " + "[" * 5000, "nested too deeply"),
+        ("name: a\ndata: {source: x.csv}\nname: b\n", "the key 'name' is there twice.*line 3"),
+        ("name: a\ndata: {source: x.csv}\noptim: {lr: 1, 'lr': 2}\n", "the key 'lr' is there twice"),
+        ("name: 2024-13-01", "month must be in"),
+    ],
+)
+def test_yaml_that_says_too_much_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(RunInvalid, match=f"(?s)is not YAML: .*{told}"):
+        load_run(path)
+    path.write_text("name: a\ndata: {source: rows.jsonl}\n")
+    with pytest.raises(RunInvalid, match="--set"):
+        load_run(path, ["optim=" + "{a: " * 5000])
+
+
+def test_merged_mappings_of_yaml_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\ndata: {source: x.csv}\noptim: {<<: {lr: 0.5, epochs: 2}, lr: 0.1}\n")
+    run = load_run(path)
+    assert (run.optim.lr, run.optim.epochs) == (0.1, 2)
+
+
 def test_a_run_survives_being_stored_as_json() -> None:
     run = load_run(EXAMPLES[0])
     assert check_run(run.settings(), "stored") == run

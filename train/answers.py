@@ -9,7 +9,15 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from adapters.errors import Conflict, LoraplaneError, Overloaded, ServerUnreachable, Unavailable
+from adapters.errors import (
+    Conflict,
+    DataRefused,
+    InvalidRequest,
+    LoraplaneError,
+    Overloaded,
+    ServerUnreachable,
+    Unavailable,
+)
 from adapters.http_door import error_from_response
 from adapters.prompts import Message, dressed, flat
 from adapters.records import PromptFormat
@@ -56,8 +64,9 @@ def collect(
 ) -> list[Mapping[Role, str]]:
     """For each row, every system's answer; all in one run, row by row, so that all meet the same conditions.
 
-    Raises Conflict when an answer came from other weights than were asked for, ServerUnreachable when nobody answers,
-    else what the server raised. One failure ends the run: a mean over what happened to succeed would say nothing.
+    Raises Conflict when an answer came from other weights than were asked for, DataRefused with the row when one cannot
+    be asked, such as one too long for the server, ServerUnreachable when nobody answers, else what the server raised.
+    One failure ends the run: a mean over what happened to succeed would say nothing.
     """
     return asyncio.run(_collect(rows, systems, ask, reporter, transport))
 
@@ -113,6 +122,9 @@ async def _answer(client: httpx.AsyncClient, row: Row, system: System, ask: Ask)
         if not response.is_error:
             return _checked(response, system)
         problem = error_from_response(response)
+        if isinstance(problem, InvalidRequest):
+            # Too long for this server, or refused by the base's template: of many rows, this one.
+            raise DataRefused(f"row {row.id} cannot be asked of {system.model}: {problem}") from problem
         if attempt == ATTEMPTS or not isinstance(problem, Overloaded | Unavailable) or problem.retry_after_s is None:
             raise problem
         await asyncio.sleep(min(problem.retry_after_s, _LONGEST_WAIT_S))

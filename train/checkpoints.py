@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,18 +22,30 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 MANIFEST = "loraplane-manifest.json"
+FINISHED = "finished.json"
 _PREFIX = "checkpoint-"
 
 
 def seal(folder: Path, run_digest: str) -> None:
     """Write the manifest that makes a state resumable. Synced before it is there, so that it never lies."""
-    files = {p.relative_to(folder).as_posix(): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    staged = folder / f"{MANIFEST}.{os.getpid()}"
-    with staged.open("w", encoding="utf-8") as out:
-        json.dump({"run": run_digest, "files": files}, out, sort_keys=True)
-        out.flush()
-        os.fsync(out.fileno())
-    staged.replace(folder / MANIFEST)
+    _write_whole(folder / MANIFEST, {"run": run_digest, "files": _files(folder)})
+
+
+def finish(folder: Path, adapter: Path, run_digest: str, facts: Mapping[str, object]) -> None:
+    """Write down that a run was trained to its end: what came of it, and which bytes its adapter has."""
+    _write_whole(folder / FINISHED, {"run": run_digest, "files": _files(adapter), "facts": dict(facts)})
+
+
+def finished(folder: Path, adapter: Path, run_digest: str) -> Mapping[str, object] | None:
+    """The facts of this run, trained to its end in this folder; None when it was not, or its adapter changed since."""
+    try:
+        record = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+        owner, files, facts = record["run"], record["files"], record["facts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if owner != run_digest or not adapter.is_dir() or files != _files(adapter) or not isinstance(facts, dict):
+        return None
+    return facts
 
 
 def fault(folder: Path, run_digest: str) -> str | None:
@@ -88,6 +100,21 @@ def export(model: PeftModel, folder: Path, *, base_name: str, fmt: PromptFormat)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged.replace(folder)
     return folder
+
+
+def _write_whole(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file that is there whole or not at all, also after a power cut."""
+    staged = path.with_name(f"{path.name}.{os.getpid()}")
+    with staged.open("w", encoding="utf-8") as out:
+        json.dump(content, out, sort_keys=True)
+        out.flush()
+        os.fsync(out.fileno())
+    staged.replace(path)
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in a folder, by its path in it."""
+    return {p.relative_to(folder).as_posix(): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _digest(path: Path) -> str:

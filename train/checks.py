@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 
 from adapters.errors import AdapterRefused, InvalidRequest, ModelNotFound, RunInvalid
-from adapters.records import BaseRecord
+from adapters.records import AdapterVersion, BaseRecord
 from adapters.registry_door import RegistryDoor, whoami
 from adapters.rows import line, text
-from adapters.runs import OptimSpec, TrainRun
+from adapters.runs import OptimSpec, TrainRun, check_run
 from adapters.spec import MAX_CONFIG_BYTES, canonical_config, parse_spec
 from adapters.strict_json import canonical
 from adapters.weights import CanonicalWeights, TensorView, check_shapes
@@ -77,6 +77,50 @@ def cautions(run: TrainRun, held_out: RowSet | None, steps: int) -> tuple[str, .
             f"the rate never reaches optim.lr: optim.warmup is {warmup} of {steps} steps; lower it, or train longer"
         )
     return tuple(found)
+
+
+def unlike(run: TrainRun, version: AdapterVersion) -> list[str]:
+    """What a run asks for that a version, published from these very weights before, does not have: a line each.
+
+    Settings that leave the weights as they are do not make a new version, and a version never changes.
+    """
+    stored = version.facts.get("run")
+    if not isinstance(stored, Mapping):
+        return []
+    try:
+        before, now = _flat(check_run(stored, version.id).settings()), _flat(run.settings())
+    except RunInvalid:
+        return []  # of a release that knew other settings
+    told: dict[str, list[str]] = {}
+    for key in sorted(before.keys() | now.keys()):
+        part = key.partition(".")[0]
+        if before.get(key) != now.get(key) and part not in ("base", "checkpoint"):
+            told.setdefault(part, []).append(f"{key} {now.get(key)!r}, not {before.get(key)!r}")
+    return [
+        f"{version.id} was published before and stays as it is; this run file's {'; '.join(lines)}, has no effect on "
+        f"it. {_HOW.get(part, _HOW_ELSE).format(name=version.name, id=version.id)}"
+        for part, lines in told.items()
+    ]
+
+
+_HOW = {
+    "gate": "To change the gate: loraplane adapters policy {name}",
+    "eval": "An evaluation takes its own options: loraplane eval run {id} --max-tokens N",
+    "data": "An evaluation takes its own options: loraplane eval run {id} --n ROWS",
+    "note": "A note is fixed with its version",
+}
+_HOW_ELSE = "The weights came out the same"
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _check_name(name: str, door: RegistryDoor) -> None:

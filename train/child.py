@@ -16,6 +16,7 @@ import httpx
 from adapters.errors import ServerUnreachable
 from adapters.home import Home
 
+CONTEXT_TOKENS = 2048  # prompt and answer together, as far as the base's positions reach
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 45.0
 _POLL_S = 0.2
@@ -50,7 +51,8 @@ def private_server(home: Home, base: str, say: Callable[[str], None], command: S
 def serve_command(base: str) -> list[str]:
     """`loraplane serve` of this very environment, whatever lies in the folder that it is started from."""
     # -P: a folder of the caller's that is called serving or adapters must not be taken for ours.
-    return [sys.executable, "-P", "-m", "adapters.cli", "serve", "--base", base]
+    context = ["--max-model-len", str(CONTEXT_TOKENS)]
+    return [sys.executable, "-P", "-m", "adapters.cli", "serve", "--base", base, *context]
 
 
 def _ready(child: subprocess.Popen[bytes], home: Home, words: Callable[[], str]) -> str:

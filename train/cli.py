@@ -61,9 +61,9 @@ def train(
         if dry_run:
             return
         if publish_step is not None:
-            trained = job.publish_step(prepared, door, publish_step)
+            trained = job.publish_step(prepared, door, told, publish_step)
         else:
-            command = _resume_command(run_file, settings or [], home, url)
+            command = _resume_command(run_file, settings or [], home, url, force=force)
             trained = job.train(prepared, door, told, resume=resume, force=force, resume_command=command)
     if as_json:
         say(json.dumps({"event": "result", **trained.to_json()}))
@@ -107,7 +107,8 @@ def eval_run(
     """
     # Imported here: `--help` must answer at once.
     from adapters.wire import decision_to_json, report_to_json
-    from train.evaluate import Question, evaluate
+    from train.asked import Question
+    from train.evaluate import evaluate
     from train.progress import reporter
     from train.show import markdown as as_markdown
     from train.show import show_report
@@ -161,7 +162,7 @@ def _introduce(prepared: Prepared, *, full: bool, as_json: bool) -> None:
         sys.stderr.write(f"--- example; in the loss is what stands between ⟦ and ⟧\n{text}\n")
 
 
-def _resume_command(run_file: Path, settings: list[str], home: Path | None, url: str | None) -> str:
+def _resume_command(run_file: Path, settings: list[str], home: Path | None, url: str | None, *, force: bool) -> str:
     words = ["loraplane", "train", str(run_file)]
     for setting in settings:
         words += ["--set", setting]
@@ -169,4 +170,5 @@ def _resume_command(run_file: Path, settings: list[str], home: Path | None, url:
         words += ["--home", str(home)]
     if url is not None:
         words += ["--url", url]
-    return shlex.join([*words, "--resume"])
+    # A forced training is gone on with as one; without it, the finished run beside it is meant.
+    return shlex.join([*words, *(["--force"] if force else []), "--resume"])

@@ -11,34 +11,19 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from adapters.bases import DEFAULT_BASE
-from adapters.errors import BaseMissing, DataRefused, RecordNotFound, RunInvalid
+from adapters.errors import RecordNotFound
 from adapters.gate import decide
 from adapters.home import Home
-from adapters.records import BASE_ID, AdapterSummary, AdapterVersion, BaseRecord
+from adapters.records import BASE_ID, BaseRecord
 from adapters.registry_door import API_KEY_VARIABLE, RegistryDoor, open_door
 from adapters.reports import Decision, Report, Role
-from adapters.runs import DOCSTRINGS, DataSpec, EvalSpec, GateSpec, TrainRun, check_run, eval_data
-from train import answers, child, data, rouge, scoring
+from adapters.runs import EvalSpec, GateSpec
+from train import answers, child, rouge, scoring
+from train.asked import Question, Subject, check_lengths, is_own_set, renderer_of, rows_for, subject_of
 from train.data import RowSet
 from train.progress import Reporter
 
-_SCORING_CODE = ("answers.py", "data.py", "rouge.py", "scoring.py")
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is to be found out. data: as in `--data`, None for the held-out rows of the version's own run.
-
-    n: how many rows, None for as many as the run says. max_tokens: None for what the run or the format says.
-    """
-
-    name: str
-    number: int
-    data: str | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    set_policy: bool = False
+_SCORING_CODE = ("answers.py", "asked.py", "data.py", "rouge.py", "scoring.py", "tables.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +33,6 @@ class Evaluated:
     report: Report
     digest: str
     decision: Decision
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The version, what it stands on, who is champion now, and the run it came from, if it is known."""
-
-    version: AdapterVersion
-    base: BaseRecord
-    champion: AdapterVersion | None
-    run: TrainRun | None
 
 
 @contextmanager
@@ -78,15 +53,23 @@ def evaluate(question: Question, home: Home, url: str | None, reporter: Reporter
     """
     with _closing(open_door(home, url)) as door:
         subject = subject_of(door, question)
-    # Before any server starts: bad data must cost seconds.
+    if subject.apart is not None:
+        reporter.say(
+            f"the champion {subject.apart.id} stands on another base, so it is left out; {subject.version.id} is "
+            f"compared with its own base alone, here and by the gate"
+        )
     spec, rows = rows_for(question, subject, home, reporter)
     settings = subject.run.eval if subject.run is not None else EvalSpec()
     scorer = rouge.Rouge(settings.language)
     max_tokens = question.max_tokens or (
         settings.max_tokens if subject.run else subject.version.prompt_format.defaults.max_tokens or settings.max_tokens
     )
+    systems = systems_of(subject)
+    renderer = renderer_of(home, subject.base)
+    if renderer is not None:
+        formats = [v.prompt_format for v in (subject.version, subject.champion) if v is not None]
+        check_lengths(rows.rows, formats, renderer, max_tokens, _context(subject.base, home, url))
     with server_for(home, url, subject.base.name, reporter) as address:
-        systems = systems_of(subject)
         reporter.say(f"{', '.join(s.model for s in systems)} on {len(rows.rows)} rows of {rows.name} at {address}")
         given = answers.collect(rows.rows, systems, answers.Ask(address, _key(), max_tokens), reporter)
         report = make_report(
@@ -101,6 +84,7 @@ def evaluate(question: Question, home: Home, url: str | None, reporter: Reporter
                 "temperature": 0,
                 "data": spec.model_dump(mode="json"),
                 "base_prompt": "dressed as the candidate's prompt format says",
+                "champion_left_out": None if subject.apart is None else f"{subject.apart.id}, on another base",
                 "language": settings.language,
                 "stemmer": scorer.stemmed,
                 "tokenizer": rouge.TOKENIZER,
@@ -115,45 +99,6 @@ def evaluate(question: Question, home: Home, url: str | None, reporter: Reporter
         with _closing(open_door(home, url or address)) as door:
             digest = door.add_report(report)
             return Evaluated(report, digest, verdict(door, subject, report, question, reporter))
-
-
-def subject_of(door: RegistryDoor, question: Question) -> Subject:
-    """The version to evaluate, with its base, the present champion and its run. Raises NotFound, BaseMissing."""
-    summary = door.adapter(question.name)
-    version = _numbered(summary, question.number)
-    base = next((b for b in door.bases() if b.digest == version.base_digest), None)
-    if base is None:
-        raise BaseMissing(
-            f"{version.id} needs the base {version.base_digest[:12]}, which is not here; "
-            f"get it, for example: loraplane models pull {DEFAULT_BASE}"
-        )
-    champion = None if summary.champion is None else _numbered(summary, summary.champion)
-    return Subject(version, base, champion, _run_of(version))
-
-
-def rows_for(question: Question, subject: Subject, home: Home, reporter: Reporter) -> tuple[DataSpec, RowSet]:
-    """The rows to answer. Raises DataRefused when the version's own held-out file is not what it was in training."""
-    run = subject.run
-    if question.data is not None:
-        spec = eval_data(question.data, run.data if run is not None else None)
-        return spec, data.evaluation_rows(spec, home, question.n)
-    if run is None:
-        raise DataRefused(
-            f"{subject.version.id} was not trained here, so its held-out rows are unknown; name rows with --data, "
-            f"such as --data {DOCSTRINGS}:summary or a .jsonl file"
-        )
-    whole = data.evaluation_rows(run.data, home)
-    expected = subject.version.facts.get("eval_data_digest")
-    if whole.digest != expected:
-        if run.data.source != DOCSTRINGS:
-            # Facts come with an adapter from whoever published it: a file is read for them only if it is the same.
-            source = run.data.eval_source or run.data.source
-            raise DataRefused(
-                f"the held-out rows of {source} are not those that {subject.version.id} was trained beside; "
-                f"say --data {source} to evaluate on the whole file as it is now"
-            )
-        reporter.say("the installed packages changed since this version was trained, and so did its held-out rows")
-    return run.data, whole if question.n is None else data.evaluation_rows(run.data, home, question.n)
 
 
 def systems_of(subject: Subject) -> list[answers.System]:
@@ -179,7 +124,7 @@ def make_report(
 ) -> Report:
     """The report of these answers, bound to the digests of everything that went into it."""
     cases = [
-        scoring.Case(row.id, row.prompt[-1].content, (row.reference,), answer)
+        scoring.Case(row.id, row.prompt[-1].content, (row.reference,), answer, row.prompt[:-1])
         for row, answer in zip(rows.rows, given, strict=True)
     ]
     named = [scoring.SystemId(s.role, s.model, s.digest or s.base_digest) for s in systems]
@@ -204,19 +149,35 @@ def make_report(
 
 
 def verdict(door: RegistryDoor, subject: Subject, report: Report, question: Question, reporter: Reporter) -> Decision:
-    """What the gate says, after the adapter got a policy if it had none and its run names one, or if it was asked."""
+    """What the gate says, after the adapter got a policy: if it was asked for, or if it had none and these are the rows
+    that its run kept for that, all of them. Any others, such as a quick look at a few, must not become the gate.
+    """
     name = subject.version.name
     try:
         policy = door.policy(name)
     except RecordNotFound:
         policy = None
     named = subject.run.gate if subject.run is not None else None
-    if question.set_policy or (policy is None and named is not None):
+    own = is_own_set(question, subject, report.data_digest)
+    if question.set_policy or (policy is None and named is not None and own):
         rules = named or GateSpec(min_n=report.n)
         policy = door.set_policy(name, rules.policy(report.data_digest))
         reporter.say(f"{name} has a gate policy now: {policy.metric} on {report.data} ({policy.data_digest[:12]})")
+        if policy.min_n > report.n:
+            reporter.say(f"warning: it needs {policy.min_n} prompts and this set has {report.n}; nothing can pass it")
+    elif policy is None and named is not None:
+        reporter.say(
+            f"{name} has no gate policy yet, and these rows do not become it, since they are not just those that "
+            f"{subject.version.id} was held to; evaluate without --data and --n, or say --set-policy"
+        )
     champion = None if subject.champion is None else subject.champion.digest
     return decide(report, policy, version_digest=subject.version.digest, champion_digest=champion)
+
+
+def _context(base: BaseRecord, home: Home, url: str | None) -> int:
+    """The most tokens that whoever answers can hold: of a server that runs already the base's own bound is known."""
+    running = url is not None or home.server() is not None
+    return base.max_positions if running else min(base.max_positions, child.CONTEXT_TOKENS)
 
 
 def code_version() -> str:
@@ -225,25 +186,6 @@ def code_version() -> str:
     for name in _SCORING_CODE:
         digest.update((Path(__file__).parent / name).read_bytes())
     return f"loraplane {metadata.version('loraplane')} scoring {digest.hexdigest()[:12]}"
-
-
-def _run_of(version: AdapterVersion) -> TrainRun | None:
-    """The run in a version's facts; None where there is none that this release understands."""
-    stored = version.facts.get("run")
-    if not isinstance(stored, Mapping):
-        return None
-    try:
-        return check_run(stored, f"the run of {version.id}")
-    except RunInvalid:
-        return None
-
-
-def _numbered(summary: AdapterSummary, number: int) -> AdapterVersion:
-    found = next((v for v in summary.versions if v.number == number), None)
-    if found is None:
-        have = ", ".join(v.id for v in summary.versions)
-        raise RecordNotFound(f"there is no {summary.name}@{number}; there are {have}")
-    return found
 
 
 def _key() -> str | None:

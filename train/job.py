@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import warnings
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from platform import python_version
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from adapters.bases import open_base
-from adapters.errors import Cancelled, DataRefused, ModelNotFound, RunInvalid
+from adapters.errors import Cancelled, DataRefused, LoraplaneError, ModelNotFound, RunInvalid
 from adapters.families import check_family
 from adapters.home import Home
 from adapters.prompts import Renderer
@@ -25,11 +27,17 @@ from adapters.runs import TrainRun
 from adapters.shelf import chosen_base
 from train import data
 from train.batching import Plan, plan
-from train.checks import cautions, check_publishable, check_rate
+from train.checks import cautions, check_publishable, check_rate, unlike
 from train.data import ExampleSet, RowSet
 from train.progress import Reporter
 
+if TYPE_CHECKING:
+    from train.loop import RunPlace
+
 _SHOWN = 3
+_AGAIN = "again"  # where a forced training works, beside the finished one
+# What a training leaves in its folder.
+_PRODUCTS = ("finished.json", "states", "adapter", "steps", "metrics.jsonl", "loss.png", "run.json")
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
 
 
@@ -148,8 +156,9 @@ def train(
 ) -> Trained:
     """Train and publish. A run that is published already is returned as it is, unless `force`.
 
-    resume: go on from the last state, if there is one. Raises Cancelled when a signal stopped it (its state is saved;
-    the message holds `resume_command`), and RunInvalid when an interrupted run lies there and neither was said.
+    resume: go on from the last state, if there is one. force: train beside what is there, which gives way when the new
+    adapter is published. Raises Cancelled when a signal stopped it (its state is saved; the message holds
+    `resume_command`), and RunInvalid when an interrupted run lies there and neither was said.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -157,8 +166,12 @@ def train(
             published = None if force else published_by(door, job.run.name, job.digest)
             if published is not None:
                 reporter.say(f"already trained: {published.id} comes from this very run (--force trains it again)")
-                return Trained(published, job.folder, fresh=False)
-            return _train(job, door, reporter, resume=resume, force=force, resume_command=resume_command)
+                trained = Trained(published, job.folder, fresh=False)
+            else:
+                trained = _train(job, door, reporter, resume=resume, force=force, resume_command=resume_command)
+            for line in unlike(job.run, trained.version):
+                reporter.say(line)
+            return trained
     except Timeout:
         raise RunInvalid(f"this run is being trained by another process; it works in {job.folder}") from None
 
@@ -172,7 +185,7 @@ def published_by(door: RegistryDoor, name: str, run_digest: str) -> AdapterVersi
     return next((v for v in versions if v.facts.get("run_digest") == run_digest and not v.facts.get("early")), None)
 
 
-def publish_step(job: Prepared, door: RegistryDoor, step: int) -> Trained:
+def publish_step(job: Prepared, door: RegistryDoor, reporter: Reporter, step: int) -> Trained:
     """Publish the adapter as it was after an earlier step. Raises RunInvalid when that step is not kept."""
     steps = job.folder / "steps"
     folder = steps / f"step-{step:06d}"
@@ -180,28 +193,48 @@ def publish_step(job: Prepared, door: RegistryDoor, step: int) -> Trained:
         have = ", ".join(p.name.removeprefix("step-").lstrip("0") for p in sorted(steps.glob("step-*"))) or "none"
         raise RunInvalid(f"step {step} of this run is not kept; kept are {have}")
     facts = {**_known_facts(job), "steps": step, "early": True}
-    return Trained(_publish(job, door, folder, facts), job.folder, fresh=True)
+    return Trained(_publish(job, door, reporter, folder, facts), job.folder, fresh=True)
 
 
 def _train(
     job: Prepared, door: RegistryDoor, reporter: Reporter, *, resume: bool, force: bool, resume_command: str
 ) -> Trained:
     # Imported here: a dry run, and a run that is published already, need no torch.
+    from train import checkpoints, loop
+
+    again = job.folder / _AGAIN
+    place = loop.RunPlace(again if force else job.folder, job.digest, job.base.name, job.run.prompt_format.record())
+    # Trained to its end before, but not published: nothing is left to train.
+    found = None if force and not resume else checkpoints.finished(place.folder, place.adapter, job.digest)
+    if found is None:
+        found = _fit(job, place, reporter, resume=resume, force=force, resume_command=resume_command)
+        checkpoints.finish(place.folder, place.adapter, job.digest, found)
+    else:
+        reporter.say(f"trained to its end already, in {place.folder}; publishing it")
+    version = _publish(job, door, reporter, place.adapter, {**_known_facts(job), **found})
+    if force:
+        _take_over(job.folder, again)
+    shutil.rmtree(job.folder / place.states.name, ignore_errors=True)  # nothing is left to resume, and they are large
+    return Trained(version, job.folder, fresh=True)
+
+
+def _fit(
+    job: Prepared, place: RunPlace, reporter: Reporter, *, resume: bool, force: bool, resume_command: str
+) -> dict[str, object]:
+    """Train to the end, from the start or from the last state; returns the facts of the training."""
     from train import checkpoints, loop, models
 
     run = job.run
-    place = loop.RunPlace(job.folder, job.digest, job.base.name, run.prompt_format.record())
-    # A run that was trained to its end, but not published, needs no more than its last state.
-    finished = place.adapter.is_dir() and not force
-    state = checkpoints.newest_state(place.states, job.digest, reporter.say) if resume or finished else None
-    if not (resume or force or finished) and any(place.states.glob("checkpoint-*")):
+    state = checkpoints.newest_state(place.states, job.digest, reporter.say) if resume else None
+    if not (resume or force) and any(place.states.glob("checkpoint-*")):
         raise RunInvalid(f"{job.folder} holds this run, interrupted; add --resume to go on, or --force to start over")
     if state is None:
-        for old in (place.states, place.adapter, place.folder / "steps"):
-            shutil.rmtree(old, ignore_errors=True)
+        for name in _PRODUCTS:
+            _remove(place.folder / name)
     else:
         reporter.say(f"going on after step {checkpoints.step_of(state)}")
-    (job.folder / "run.json").write_text(json.dumps(run.settings(), indent=2), encoding="utf-8")
+    place.folder.mkdir(exist_ok=True)
+    (place.folder / "run.json").write_text(json.dumps(run.settings(), indent=2), encoding="utf-8")
     threads = models.use_all_cores()
     bf16 = models.wants_bf16(run.bf16)
     # What the libraries tell each other about names that will go is no news for who trains an adapter.
@@ -218,8 +251,7 @@ def _train(
     )  # fmt: skip
     if done.stopped:
         raise Cancelled(f"stopped after step {done.steps} of {len(job.plan.batches)}; go on with: {resume_command}")
-    facts = {
-        **_known_facts(job),
+    return {
         "steps": done.steps,
         "first_loss": round(done.first_loss, 6),
         "final_loss": round(done.final_loss, 6),
@@ -229,9 +261,22 @@ def _train(
         "threads": threads,
         "trainable": trainable,
     }
-    version = _publish(job, door, place.adapter, facts)
-    shutil.rmtree(place.states, ignore_errors=True)  # nothing is left to resume, and they are large
-    return Trained(version, job.folder, fresh=True)
+
+
+def _take_over(folder: Path, again: Path) -> None:
+    """Put what a forced training made in the place of what was there before."""
+    for name in _PRODUCTS:
+        _remove(folder / name)
+        if (again / name).exists():
+            (again / name).replace(folder / name)
+    shutil.rmtree(again, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _known_facts(job: Prepared) -> dict[str, object]:
@@ -258,15 +303,25 @@ def _known_facts(job: Prepared) -> dict[str, object]:
     }
 
 
-def _publish(job: Prepared, door: RegistryDoor, folder: Path, facts: Mapping[str, object]) -> AdapterVersion:
-    return door.publish(
-        job.run.name,
-        folder,
-        base=job.base.name,
-        prompt_format=job.run.prompt_format.record(),
-        facts=facts,
-        note=job.run.note,
-    )
+def _publish(
+    job: Prepared, door: RegistryDoor, reporter: Reporter, folder: Path, facts: Mapping[str, object]
+) -> AdapterVersion:
+    try:
+        return door.publish(
+            job.run.name,
+            folder,
+            base=job.base.name,
+            prompt_format=job.run.prompt_format.record(),
+            facts=facts,
+            note=job.run.note,
+        )
+    except LoraplaneError:
+        by_hand = shlex.join(["loraplane", "adapters", "publish", job.run.name, str(folder), "--base", job.base.name])
+        reporter.say(
+            f"the trained adapter was not published; it lies in {folder}. Once what follows is mended, the same "
+            f"command with --resume publishes it without training, and so does: {by_hand}"
+        )
+        raise
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters.errors import DataRefused
+from adapters.prompts import Message
 from adapters.reports import ROUGE_METRICS, PairedDifference, Report, Role, SystemScores
 from train.rouge import Rouge, Score
 
@@ -17,12 +18,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One example: what was asked, what was wanted, what each system answered."""
+    """One example: what was asked, what was wanted, what each system answered. before: the turns before the prompt."""
 
     id: str
     prompt: str
     references: tuple[str, ...]
     answers: Mapping[Role, str]
+    before: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +108,12 @@ def interval(values: Sequence[float], *, seed: int) -> tuple[float, float]:
 
 
 def examples_of(cases: Sequence[Case], scored: Scored) -> tuple[Mapping[str, object], ...]:
-    """The cases as a report keeps them: prompt, reference, answers and scores by role."""
+    """The cases as a report keeps them: prompt and turns before it, reference, answers and scores by role."""
     return tuple(
         {
             "id": case.id,
             "prompt": case.prompt,
+            **({"before": [{"role": m.role, "content": m.content} for m in case.before]} if case.before else {}),
             "reference": case.references[0],
             "answers": {role.value: answer for role, answer in case.answers.items()},
             "scores": {

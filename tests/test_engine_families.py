@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from serving.engine.request import Sampling
-from serving.engine.runner import LlamaRunner, make_slots
+from serving.engine.runner import DecoderRunner, make_slots
 from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan
 from tests.engine_case import load_tiny, read_peft
 from tests.tiny_base import VOCAB, Oracle, save_adapter, save_random
@@ -83,7 +83,7 @@ def test_prefill_and_decoding_equal_transformers_and_peft(family: tuple[Path, li
     """Three rows, base and two adapters, prompts of 30 to 50 tokens in two chunks, then 12 greedy tokens each."""
     base, adapters = family
     decoder = load_tiny(base)
-    runner = LlamaRunner(decoder, 3, make_slots(decoder, 2, 64))
+    runner = DecoderRunner(decoder, 3, make_slots(decoder, 2, 64))
     oracles = [Oracle(base, None), *(Oracle(base, a) for a in adapters)]
     for number, folder in enumerate(adapters, start=1):
         runner.install(number, read_peft(folder))
@@ -116,7 +116,7 @@ def test_bfloat16_on_this_machine_is_as_near_as_transformers_own(family: tuple[P
 
     base, _ = family
     decoder = load_tiny(base, torch.bfloat16)
-    runner = LlamaRunner(decoder, 8, make_slots(decoder, 1, 64))
+    runner = DecoderRunner(decoder, 8, make_slots(decoder, 1, 64))
     greedy = Sampling(max_tokens=1, temperature=0.0)
     prompts = [tuple(3 + (11 * i + 5 * j * j) % 250 for j in range(20 + i)) for i in range(8)]
     rows = tuple(RowPlan(Key((0, i)), i, NO_SLOT, 0, p, True, greedy, 0, 0) for i, p in enumerate(prompts))

@@ -1,4 +1,4 @@
-"""The compiled kernels: equal to torch within bfloat16's rounding, and a token's result does not know its neighbours."""
+"""The compiled kernels: equal to torch within bfloat16's rounding, and a token does not know its neighbours."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_nan_is_neither_lost_nor_passed_on() -> None:
     bad, good = cache.attend(0, qkv)
     assert bad.isnan().any()
     assert not good.isnan().any()
-    gate_up = torch.tensor([[float("nan")] * 16 + [1.0] * 16] + [[1.0] * 32]).bfloat16()
+    gate_up = torch.tensor([[float("nan")] * 16 + [1.0] * 16, [1.0] * 32]).bfloat16()
     gated = Ops(cpu_kernels()).activate(gate_up, Activation.GATED_SILU)
     assert gated[0].isnan().all()
     assert not gated[1].isnan().any()
@@ -167,7 +167,7 @@ def adapter(name: str, **ranks: int) -> HostAdapter:
 
 @needs_kernels
 def test_low_rank_updates_equal_the_loop_reference_over_ranks_and_mixtures() -> None:
-    """Odd ranks, ranks beyond a register, modules left out; distinct, repeated and absent adapters; one to nine rows."""
+    """Odd ranks, ranks beyond a register, modules left out; distinct, repeated and absent adapters; 1 to 9 rows."""
     adapters = [
         adapter("all 16", q=16, k=16, v=16, o=16, down=16),
         adapter("q and v 8", q=8, v=8),

@@ -73,10 +73,10 @@ def test_logits_of_a_mixed_batch_are_within_the_stated_error(
     decoder: Decoder, oracles: dict[Path | None, Oracle], tiny_adapters: list[Path]
 ) -> None:
     from serving.engine.request import Sampling
-    from serving.engine.runner import LlamaRunner, make_slots
+    from serving.engine.runner import DecoderRunner, make_slots
     from serving.engine.scheduler import Key, RowPlan, StepPlan
 
-    runner = LlamaRunner(decoder, 7, make_slots(decoder, 6, 64))
+    runner = DecoderRunner(decoder, 7, make_slots(decoder, 6, 64))
     for number, folder in enumerate(tiny_adapters, start=1):
         runner.install(number, read_peft(folder))
     prompts = [[3 + (7 * i + 5 * j) % 200 for j in range(9 + i)] for i in range(7)]

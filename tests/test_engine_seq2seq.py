@@ -21,10 +21,12 @@ from tests.engine_case import DEVICE, read_peft
 from tests.tiny_base import save_random_seq2seq
 
 SEED = 20261122
-LOGIT_ERROR = 2e-5  # of the largest logit
+# Of the largest logit. Float32 T5 on such weights is itself up to 2e-5 from float64.
+LOGIT_ERROR = 5e-5
 VOCAB = 100
 T5: dict[str, Any] = {
-    "vocab_size": VOCAB, "d_model": 48, "d_kv": 16, "d_ff": 80, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
+    "vocab_size": VOCAB, "d_model": 48, "d_kv": 16, "d_ff": 80, "num_layers": 2, "num_decoder_layers": 3,
+    "num_heads": 4,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "pad_token_id": 0, "eos_token_id": 1,
     "decoder_start_token_id": 0,
 }  # fmt: skip

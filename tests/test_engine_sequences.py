@@ -15,7 +15,7 @@ from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.ops import Ops
 from serving.engine.request import Failed, Finished, FinishReason, Sampling, Tokens
-from serving.engine.runner import LlamaRunner, Runner, make_slots
+from serving.engine.runner import DecoderRunner, Runner, make_slots
 from serving.engine.sampling import sample, uniform
 from serving.engine.scheduler import Key, RowPlan, StepPlan, StepResult
 from tests.engine_case import EngineCase, load_tiny, read_peft
@@ -81,7 +81,7 @@ def test_in_bfloat16_a_prompts_result_does_not_depend_on_where_it_is_cut(tmp_pat
     half = load_tiny(save_random(shape, tmp_path, 0), torch.bfloat16)
     if plain:
         half = replace(half, ops=Ops(None))
-    runner = LlamaRunner(half, 2, make_slots(half, 1, 8))
+    runner = DecoderRunner(half, 2, make_slots(half, 1, 8))
     greedy = Sampling(max_tokens=1, temperature=0.0)
 
     def last(row: int, start: int, tokens: tuple[int, ...]) -> torch.Tensor:

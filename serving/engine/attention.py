@@ -217,10 +217,8 @@ class PlainCache:
             count = chunk.last - chunk.first
             padding = (0, 0, 0, -count % _QUERIES)
             queries = F.pad(grouped[chunk.first : chunk.last].permute(1, 2, 0, 3), padding)  # (kv, group, C, dim)
-            result = _scored(
-                queries.flatten(1, 2)[None], keys[None, chunk.row, :, : chunk.keys], values[None, chunk.row, :, : chunk.keys],
-                mask, h,
-            )  # fmt: skip
+            seen, shown = keys[None, chunk.row, :, : chunk.keys], values[None, chunk.row, :, : chunk.keys]
+            result = _scored(queries.flatten(1, 2)[None], seen, shown, mask, h)
             out[chunk.first : chunk.last] = result[0].unflatten(1, queries.shape[1:3])[:, :, :count].permute(2, 0, 1, 3)
         return out.flatten(1)
 

@@ -1,4 +1,4 @@
-"""A frozen decoder-only base as the runner wants it, whatever its family: fused, packed projections and a few switches."""
+"""A frozen decoder-only base as the runner wants it, whatever its family: fused, packed projections."""
 
 from __future__ import annotations
 

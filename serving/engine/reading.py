@@ -160,7 +160,7 @@ def _llama_like(source: _Source, max_model_len: int) -> Decoder:
                 mlp_norm=after if before is None else Norm(before, eps, offset),
                 attended_norm=None if before is None else after,
                 mixed_norm=None if mixed is None else Norm(mixed, eps, offset),
-            )  # fmt: skip
+            )
         )
     return Decoder(
         embedding=source.embedding,

@@ -33,8 +33,8 @@ class Runner(Protocol):
         """Compute one base token on a spare row; whether it came out finite."""
 
 
-class LlamaRunner:
-    """The Llama family on CPU or CUDA."""
+class DecoderRunner:
+    """Decoder-only families on CPU or CUDA."""
 
     def __init__(self, decoder: Decoder, rows: int, slots: Slots) -> None:
         self._d = decoder

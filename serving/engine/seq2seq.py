@@ -218,7 +218,7 @@ def _t5(parts: _Parts, length: int) -> EncoderDecoder:
 def _buckets(length: int, both_ways: bool, count: int, farthest: int) -> Tensor:
     """(2 * length - 1,) T5's bucket of each distance key - query from 1 - length to length - 1.
 
-    Half of a direction's buckets are exact, the rest grow with the logarithm up to `farthest` (Raffel et al. 2020, 2.1).
+    Half of a direction's buckets are exact, the rest grow with the logarithm to `farthest` (Raffel et al. 2020, 2.1).
     """
     distance = torch.arange(1 - length, length)
     offset = torch.zeros_like(distance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,9 +52,9 @@ class Seq2SeqRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """See Runner. A row with tokens must bring its whole input: the encoder reads both ways."""
-        for row in plan.scrub:
+        for scrubbed in plan.scrub:
             for cache in (*self._keys, *self._values, *self._cross_keys, *self._cross_values):
-                cache[row].zero_()
+                cache[scrubbed].zero_()
         sampled = sample(self.logits(plan), plan.rows)
         for row, found in zip(plan.rows, sampled, strict=True):
             self._last[row.row] = found.token
@@ -90,8 +91,8 @@ class Seq2SeqRunner:
             return lora(block.out, torch.cat(parts).flatten(1))
 
         for block in b.encoder.blocks:
-            x = self._part(x, block.attention_norm, lambda h, block=block: attend(block, h))
-            x = self._part(x, block.mlp_norm, lambda h, block=block: self._mlp(block, h, lora))
+            x = self._part(x, block.attention_norm, partial(attend, block))
+            x = self._part(x, block.mlp_norm, partial(self._mlp, block, lora))
         if b.encoder.last_norm is not None:
             x = b.ops.norm(x, b.encoder.last_norm)
         for index, block in enumerate(b.decoder.blocks):
@@ -137,10 +138,10 @@ class Seq2SeqRunner:
             return lora(block.cross_out, self._attend(q[:, :, None], keys, values, cross_mask).flatten(1))
 
         for index, block in enumerate(b.decoder.blocks):
-            x = self._part(x, block.attention_norm, lambda h, i=index, block=block: attend(i, block, h))
+            x = self._part(x, block.attention_norm, partial(attend, index, block))
             if block.cross_norm is not None:
-                x = self._part(x, block.cross_norm, lambda h, i=index, block=block: cross_attend(i, block, h))
-            x = self._part(x, block.mlp_norm, lambda h, block=block: self._mlp(block, h, lora))
+                x = self._part(x, block.cross_norm, partial(cross_attend, index, block))
+            x = self._part(x, block.mlp_norm, partial(self._mlp, block, lora))
         if b.decoder.last_norm is not None:
             x = b.ops.norm(x, b.decoder.last_norm)
         for row in rows:
@@ -164,7 +165,7 @@ class Seq2SeqRunner:
             return b.ops.norm(x + compute(x), norm)
         return x + compute(b.ops.norm(x, norm))
 
-    def _mlp(self, block: Block, h: Tensor, lora: Callable[[Linear, Tensor], Tensor]) -> Tensor:
+    def _mlp(self, block: Block, lora: Callable[[Linear, Tensor], Tensor], h: Tensor) -> Tensor:
         return lora(block.down, self._b.ops.activate(lora(block.up, h), self._b.activation))
 
     def _lora(self, slots: Sequence[int]) -> Callable[[Linear, Tensor], Tensor]:
@@ -181,7 +182,7 @@ class Seq2SeqRunner:
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(T, parts * heads * dim) -> parts times (T, heads, dim)."""
-        return x.unflatten(-1, (parts, self._b.heads, self._b.dim)).unbind(1)
+        return tuple(x.unflatten(-1, (parts, self._b.heads, self._b.dim)).unbind(1))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self._b.scale)

@@ -12,7 +12,15 @@ from adapters import schema
 from adapters.errors import Conflict, GateRefused, InvalidRequest, RecordNotFound
 from adapters.gate import decide, rival_of
 from adapters.records import AdapterVersion
-from adapters.reports import GatePolicy, Report, Verdict, check_policy, check_report, report_from_json
+from adapters.reports import (
+    SHORTEST_DIGEST,
+    GatePolicy,
+    Report,
+    Verdict,
+    check_policy,
+    check_report,
+    report_from_json,
+)
 from adapters.schema import Database
 from adapters.store import BlobStore
 
@@ -111,15 +119,23 @@ class Evaluations:
         return list(connection.scalars(query.order_by(table.c.id.desc())))
 
     def read(self, digest: str) -> Report:
-        """The report of a digest, its bytes verified. Raises RecordNotFound."""
+        """The report of a digest, or of an unambiguous beginning of one, its bytes verified.
+
+        Raises RecordNotFound, or InvalidRequest when several begin so.
+        """
         with self._database.reads() as connection:
             table = schema.reports
-            known = connection.scalar(
-                sa.select(table.c.id).where(table.c.tenant == self._tenant, table.c.digest == digest)
-            )
-        if known is None:
+            known = connection.scalars(
+                sa.select(table.c.digest)
+                .where(table.c.tenant == self._tenant, table.c.digest.startswith(digest, autoescape=True))
+                .distinct()
+                .limit(2)
+            ).all()
+        if not known or len(digest) < SHORTEST_DIGEST:
             raise RecordNotFound(f"no report {digest[:80]!r} is stored")
-        return self.load(digest)
+        if len(known) > 1:
+            raise InvalidRequest(f"several reports begin with {digest}; give more of the digest", "digest")
+        return self.load(known[0])
 
     def load(self, digest: str) -> Report:
         """The report of a digest that a row named."""

@@ -9,9 +9,12 @@ from adapters.reports import Decision, GatePolicy, Report, Role, Verdict, prompt
 def rival_of(version: AdapterVersion, champion: AdapterVersion | None) -> AdapterVersion | None:
     """The champion that a version must hold its own against.
 
-    None when there is none, or when it stands on another base: no server holds both, so no run can ask both.
+    None when there is none, when it is the version itself, or when it stands on another base: no server holds both, so
+    no run can ask both.
     """
-    return champion if champion is not None and champion.base_digest == version.base_digest else None
+    if champion is None or champion.digest == version.digest or champion.base_digest != version.base_digest:
+        return None
+    return champion
 
 
 def decide(

@@ -154,9 +154,16 @@ class HttpDoor:
         return str(answer.get("id") or answer.get("digest") or report.digest)
 
     def reports(self, name: str, number: int | None = None) -> Sequence[Report]:
-        rows = page_items(self._get(f"/v1/adapters/{name}/reports", {} if number is None else {"version": number}))
-        found = [report_from_wire(row) for row in rows]
+        found = [report_from_wire(row) for row in self._report_rows(name, number)]
         return [r for r in found if number is None or r.number == number]
+
+    def newest_report(self, name: str, number: int) -> Report | None:
+        rows = self._report_rows(name, number)
+        # A row of the list holds no examples; its id is the digest of the whole.
+        return self.report(str(rows[0]["id"])) if rows else None
+
+    def _report_rows(self, name: str, number: int | None) -> list[Any]:
+        return page_items(self._get(f"/v1/adapters/{name}/reports", {} if number is None else {"version": number}))
 
     def report(self, digest: str) -> Report:
         return report_from_wire(self._get(f"/v1/reports/{digest}"))

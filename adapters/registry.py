@@ -336,5 +336,5 @@ class Registry:
         return [self._evaluations.load(digest) for digest in digests]
 
     def report(self, digest: str) -> Report:
-        """One report by its digest. Raises RecordNotFound."""
+        """One report by its digest, or by an unambiguous beginning of it. Raises RecordNotFound, InvalidRequest."""
         return self._evaluations.read(digest)

@@ -85,7 +85,11 @@ class RegistryDoor(Protocol):
 
     def reports(self, name: str, number: int | None = None) -> Sequence[Report]: ...
 
-    def report(self, digest: str) -> Report: ...
+    def newest_report(self, name: str, number: int) -> Report | None:
+        """The newest report about a version, with its examples; None when there is none."""
+
+    def report(self, digest: str) -> Report:
+        """One report by its digest, or by an unambiguous beginning of it."""
 
     def close(self) -> None: ...
 
@@ -164,6 +168,9 @@ class LocalDoor:
 
     def reports(self, name: str, number: int | None = None) -> Sequence[Report]:
         return self.registry.reports(name, number)
+
+    def newest_report(self, name: str, number: int) -> Report | None:
+        return next(iter(self.registry.reports(name, number)), None)
 
     def report(self, digest: str) -> Report:
         return self.registry.report(digest)

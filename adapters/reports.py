@@ -18,6 +18,8 @@ MOST_EXAMPLES = 10_000_000
 LONGEST_RATIO = 1000.0  # that a policy can allow
 _LONGEST_ANSWER = 1e9  # in words of its reference
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+SHORTEST_DIGEST = 8  # that a report is found by
+_BEGINNING = re.compile(rf"[0-9a-f]{{{SHORTEST_DIGEST},64}}")
 _ROUNDING = 1e-3  # between a mean and the mean of figures that were rounded for display
 
 
@@ -149,6 +151,16 @@ class Decision:
 def prompt_of(example: Mapping[str, Any]) -> str:
     """What makes an example's prompt the same as another's: the words of all its turns, whatever blanks are between."""
     return " ".join(f"{example.get('before') or ''} {example.get('prompt')}".split())
+
+
+def check_digest(text: str) -> str:
+    """A report's digest or its beginning, 8 digits at least. Raises InvalidRequest for anything else."""
+    if _BEGINNING.fullmatch(text) is None:
+        raise InvalidRequest(
+            f"{text[:80]!r} is no report; give a version as name@1, or 8 to 64 hex digits of a report's digest",
+            "digest",
+        )
+    return text
 
 
 def check_policy(policy: GatePolicy) -> None:

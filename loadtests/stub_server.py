@@ -203,7 +203,10 @@ def _event(value: Any) -> bytes:
 @contextlib.contextmanager
 def serving(stub: Stub, port: int = 0) -> Iterator[str]:
     """The stub on a socket, in a thread. Yields its URL."""
-    config = uvicorn.Config(stub.app(), host="127.0.0.1", port=port, log_level="critical", lifespan="off")
+    # log_config None: uvicorn's own would close every log handler of this process, and with one of them its stderr.
+    config = uvicorn.Config(
+        stub.app(), host="127.0.0.1", port=port, log_level="critical", log_config=None, lifespan="off"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
-from adapters.errors import InvalidRequest, RunInvalid
+from adapters import schema
+from adapters.errors import InvalidRequest, RecordNotFound, RunInvalid
 from adapters.registry import Registry
 from adapters.reports import PairedDifference, Report, Role, SystemScores, check_policy, check_report
 from adapters.runs import check_run
@@ -127,3 +129,19 @@ def test_a_policy_out_of_range_is_refused_by_its_field_at_every_door(
 def test_a_run_whose_gate_no_registry_takes_is_refused_before_it_is_trained(change: dict[str, Any]) -> None:
     with pytest.raises(RunInvalid, match=next(iter(change))):
         check_run({"name": "sum", "data": {"source": "x.jsonl"}, "gate": change}, "run.yaml")
+
+
+def test_a_report_is_found_by_the_beginning_of_its_digest_unless_several_begin_so(registry: Registry) -> None:
+    version = publish(registry)
+    digest = registry.add_report(report(version))
+    assert registry.report(digest[:12]) == registry.report(digest)
+    for wrong in (digest[:7], "", "%" * 12, "_" * 12, digest + "0"):
+        with pytest.raises(RecordNotFound):
+            registry.report(wrong)
+    other = digest[:12] + "0" * 52
+    with registry._database.writes() as connection:
+        row = connection.execute(sa.select(schema.reports)).mappings().one()
+        connection.execute(sa.insert(schema.reports).values(**{**row, "id": row["id"] + 1, "digest": other}))
+    with pytest.raises(InvalidRequest, match="several reports begin with"):
+        registry.report(digest[:12])
+    assert registry.report(digest).digest == digest

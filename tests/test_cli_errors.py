@@ -96,6 +96,9 @@ def test_group_alone_shows_its_help(group: str, capsys: pytest.CaptureFixture[st
         ["rollback"],
         ["history"],
         ["doctor"],
+        ["eval", "run"],
+        ["eval", "show"],
+        ["eval", "score"],
     ],
     ids=" ".join,
 )

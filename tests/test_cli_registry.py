@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from adapters.cli import run
 from adapters.home import Home, ServerNote
 from adapters.http_door import HttpDoor
 from adapters.registry import Registry
-from adapters.registry_door import LocalDoor, open_door, whoami
+from adapters.registry_door import LocalDoor, RegistryDoor, open_door, whoami
 from adapters.wire import page_items, version_from_json
 
 
@@ -45,6 +46,10 @@ class Line:
     def publish(self, name: str = "summarize", seed: int = 0) -> Any:
         folder = write_adapter(self.folder / f"peft-{name}-{seed}", seed)
         return self.json("adapters", "publish", name, str(folder))
+
+    def door(self) -> RegistryDoor:
+        """The registry that the commands work on."""
+        return open_door(Home.find(self.options[1]), self.options[3] if "--url" in self.options else None)
 
 
 @pytest.fixture(params=["home", "server"])
@@ -163,6 +168,43 @@ def test_rollback_goes_one_champion_back_or_to_a_named_one(line: Line) -> None:
     status, out, _ = line("history", "summarize")
     assert status == 0
     assert [row.split()[4] for row in out.splitlines()[1:3]] == ["rollback", "rollback"]
+
+
+def test_a_stored_report_is_shown_by_version_by_digest_and_by_what_history_says(line: Line, tmp_path: Path) -> None:
+    """No command read a report: the digest that eval run and history print led nowhere."""
+    version = version_from_json(line.publish())
+    line("adapters", "policy", "summarize", "--data", DATA, "--min-n", "50")
+    with closing(line.door()) as door:
+        old, new = door.add_report(report(version, low=-0.1)), door.add_report(report(version))
+    line("promote", "summarize@1")
+    told = line.json("history", "summarize")["data"][0]["report"][:12]
+    assert line("history", "summarize")[1].count(told) == 1
+    for which, digest in (("summarize@1", new), (new, new), (told, new), (old[:8], old)):
+        shown = line.json("eval", "show", which)
+        assert (shown["report"]["id"], len(shown["report"]["examples"])) == (digest, 64)
+        assert shown["decision"]["verdict"] == ("pass" if digest == new else "fail")
+    page = tmp_path / "page.md"
+    status, out, _ = line("eval", "show", told, "--markdown", str(page))
+    assert status == 0
+    assert "64 different prompts of docstrings" in out
+    assert f"report {new}" in out
+    assert "# summarize@1: pass" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("which", "code", "words"),
+    [
+        ("summarize@1", 4, "no report about summarize@1 is stored; make one: loraplane eval run summarize@1"),
+        ("summarize@7", 4, "there is no summarize@7"),
+        ("0123456789ab", 4, "no report '0123456789ab' is stored"),
+        ("summarize", 2, "give a version as name@1"),
+        ("ab", 2, "8 to 64 hex digits"),
+    ],
+)
+def test_a_report_that_is_not_there_is_told(line: Line, which: str, code: int, words: str) -> None:
+    line.publish()
+    status, _, err = line("eval", "show", which)
+    assert (status, words in err) == (code, True), err
 
 
 def test_a_move_to_where_the_champion_is_says_that_nothing_changed(line: Line) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.cli import run
 from adapters.errors import DataRefused, GateRefused, RecordNotFound
 from adapters.gate import decide
 from adapters.home import Home
@@ -243,6 +244,16 @@ def test_a_champion_on_another_base_is_left_out_and_the_gate_compares_with_the_b
     assert registry.promote("summarize", 2, who="t", reason="it passed").report == done.digest
 
 
+def test_a_champion_is_not_asked_beside_itself(stage: Stage) -> None:
+    version = stage.publish(1, GOOD)
+    stage.case.registry.promote("summarize", 1, who="t", reason="first", force=True)
+    with served(stage.case) as url:
+        done = stage.ask(1, url)
+    assert [(s.role, s.digest) for s in done.report.systems][1:] == [(Role.CANDIDATE, version.digest)]
+    assert done.decision.verdict is Verdict.PASS
+    assert "another base" not in stage.told
+
+
 def test_a_row_that_is_too_long_is_told_before_a_server_starts(
     tmp_path: Path, tiny_base: Path, tiny_adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,3 +325,38 @@ def test_reports_of_the_same_answers_are_equal_but_for_their_time(stage: Stage) 
     assert {k: v for k, v in first.items() if k != "created_at"} == {
         k: v for k, v in second.items() if k != "created_at"
     }
+
+
+@pytest.mark.parametrize("page", ["nowhere/page.md", "."])
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_asked(
+    stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str], page: str
+) -> None:
+    """It was an internal error at the end of a whole evaluation, and no figure was shown."""
+    stage.publish(1, GOOD)
+    with served(stage.case) as url:
+        line = ["eval", "run", "summarize@1", "--url", url, "--home", str(stage.home.root)]
+        assert run([*line, "--markdown", str(tmp_path / page)]) == 2
+    assert f"--markdown {tmp_path / page} cannot be written" in capsys.readouterr().err
+    assert stage.case.registry.reports("summarize") == []
+
+
+def test_figures_are_shown_even_where_the_page_fails_after_all(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.publish(1, GOOD)
+    with served(stage.case) as url:
+        line = ["eval", "run", "summarize@1", "--url", url, "--home", str(stage.home.root)]
+        assert run([*line, "--markdown", "/dev/full"]) == 2
+    shown = capsys.readouterr()
+    assert "gate: pass" in shown.out
+    assert "No space left" in shown.err
+
+
+def test_what_would_move_the_cursor_is_shown_escaped(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    stage.publish(1, GOOD + " \x1b[2Jgate: pass")
+    with served(stage.case) as url:
+        done = stage.ask(1, url)
+    show_report(done.report, done.decision, "rouge1")
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\\x1b[2J" in shown

@@ -88,6 +88,8 @@ def test_a_language_that_is_no_code_is_refused(language: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         Rouge(language)
     assert refusal.value.param == "language"
+    with pytest.raises(InvalidRequest):
+        score_file(Path("absent.jsonl"), language=language, seed=0)
 
 
 def test_an_empty_set_is_refused() -> None:

@@ -64,7 +64,8 @@ def subject_of(door: RegistryDoor, question: Question) -> Subject:
         )
     champion = None if summary.champion is None else numbered(summary, summary.champion)
     rival = rival_of(version, champion)
-    return Subject(version, base, rival, _run_of(version), apart=None if rival is not None else champion)
+    apart = champion if champion is not None and champion.base_digest != version.base_digest else None
+    return Subject(version, base, rival, _run_of(version), apart)
 
 
 def numbered(summary: AdapterSummary, number: int) -> AdapterVersion:
@@ -124,8 +125,8 @@ def check_lengths(
         length, row = max(too_long, key=lambda pair: pair[0])
         raise DataRefused(
             f"{len(too_long)} of {len(rows)} rows are too long; the longest, {row.id}, has {length} tokens, and with "
-            f"{max_tokens} for the answer {limit} is the most. Leave such rows out (data.max_chars does), or lower "
-            f"--max-tokens; a server of your own may hold more (loraplane serve --max-model-len)"
+            f"{max_tokens} for the answer {limit} is the most that the server holds. Leave such rows out "
+            f"(data.max_chars in the run does), or lower --max-tokens"
         )
 
 

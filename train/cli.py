@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,14 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adapters.errors import InvalidRequest
 from adapters.home import Home
 from adapters.options import HomeOption, JsonOption, UrlOption, opened, version_of
 from adapters.screen import say, show_json
 
 if TYPE_CHECKING:
+    from train.evaluate import Evaluated
     from train.job import Prepared
 
 _MAIN_METRIC = "rouge1"  # whose worst and best examples are shown
+
+MarkdownOption = Annotated[
+    Path | None, typer.Option("--markdown", metavar="FILE", help="Write the report there, as Markdown.")
+]
 
 eval_app = typer.Typer(help="Score a version with ROUGE against base and champion.", add_completion=False)
 
@@ -93,7 +100,7 @@ def eval_run(
     set_policy: Annotated[
         bool, typer.Option("--set-policy", help="Make these rows the adapter's gate, whatever it was.")
     ] = False,
-    markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write the report there.")] = None,
+    markdown: MarkdownOption = None,
     home: HomeOption = None,
     url: UrlOption = None,
     as_json: JsonOption = False,
@@ -106,23 +113,35 @@ def eval_run(
     Example: loraplane eval run docstring-summary@1
     """
     # Imported here: `--help` must answer at once.
-    from adapters.wire import decision_to_json, report_to_json
     from train.asked import Question
     from train.evaluate import evaluate
     from train.progress import reporter
-    from train.show import markdown as as_markdown
-    from train.show import show_report
 
     name, number = version_of(model)
+    _check_page(markdown)
     question = Question(name, number, data, n, max_tokens, set_policy)
-    done = evaluate(question, Home.find(home), url, reporter(False))
-    if markdown is not None:
-        markdown.write_text(as_markdown(done.report, done.decision, _MAIN_METRIC), encoding="utf-8")
-    if as_json:
-        show_json({"report": report_to_json(done.report), "decision": decision_to_json(done.decision)})
-        return
-    show_report(done.report, done.decision, _MAIN_METRIC)
-    say(f"report {done.digest}")
+    _show(evaluate(question, Home.find(home), url, reporter(False)), markdown, as_json)
+
+
+@eval_app.command("show")
+def eval_show(
+    which: Annotated[
+        str, typer.Argument(metavar="DIGEST|NAME@N", help="A report, or a version, whose newest report is shown.")
+    ],
+    markdown: MarkdownOption = None,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a stored report, and what the gate says of it now. The beginning of a digest, as in `history`, is enough.
+
+    Example: loraplane eval show docstring-summary@1
+    """
+    # Imported here: `--help` must answer at once.
+    from train.evaluate import stored
+
+    _check_page(markdown)
+    _show(stored(which, Home.find(home), url), markdown, as_json)
 
 
 @eval_app.command("score")
@@ -147,6 +166,40 @@ def eval_score(
         show_json(scored.to_json())
     else:
         show_offline(scored)
+
+
+def _show(done: Evaluated, markdown: Path | None, as_json: bool) -> None:
+    """A report and its verdict on stdout, and then, where it was asked for, on a page."""
+    from adapters.wire import decision_to_json, report_to_json
+    from train.show import markdown as as_markdown
+    from train.show import show_report
+
+    if as_json:
+        show_json({"report": report_to_json(done.report), "decision": decision_to_json(done.decision)})
+    else:
+        show_report(done.report, done.decision, _MAIN_METRIC)
+        say(f"report {done.digest}")
+    if markdown is not None:
+        try:
+            markdown.write_text(as_markdown(done.report, done.decision, _MAIN_METRIC), encoding="utf-8")
+        except OSError as error:
+            raise _no_page(markdown, error.strerror or str(error)) from error
+
+
+def _check_page(markdown: Path | None) -> None:
+    """Raise InvalidRequest for a page that cannot be written: before an evaluation, not after it."""
+    if markdown is None:
+        return
+    if markdown.is_dir():
+        raise _no_page(markdown, "it is a folder")
+    if not markdown.parent.is_dir():
+        raise _no_page(markdown, f"there is no folder {markdown.parent}")
+    if not os.access(markdown if markdown.exists() else markdown.parent, os.W_OK):
+        raise _no_page(markdown, "it may not be written")
+
+
+def _no_page(markdown: Path, why: str) -> InvalidRequest:
+    return InvalidRequest(f"--markdown {markdown} cannot be written: {why}", "markdown")
 
 
 def _introduce(prepared: Prepared, *, full: bool, as_json: bool) -> None:

@@ -12,14 +12,15 @@ from importlib import metadata
 from pathlib import Path
 
 from adapters.errors import RecordNotFound
-from adapters.gate import decide
+from adapters.gate import decide, rival_of
 from adapters.home import Home
+from adapters.options import version_of
 from adapters.records import BASE_ID, BaseRecord
 from adapters.registry_door import API_KEY_VARIABLE, RegistryDoor, open_door
-from adapters.reports import Decision, Report, Role
+from adapters.reports import Decision, GatePolicy, Report, Role, check_digest
 from adapters.runs import EvalSpec, GateSpec
 from train import answers, child, rouge, scoring
-from train.asked import Question, Subject, check_lengths, is_own_set, renderer_of, rows_for, subject_of
+from train.asked import Question, Subject, check_lengths, is_own_set, numbered, renderer_of, rows_for, subject_of
 from train.data import RowSet
 from train.progress import Reporter
 
@@ -153,10 +154,7 @@ def verdict(door: RegistryDoor, subject: Subject, report: Report, question: Ques
     that its run kept for that, all of them. Any others, such as a quick look at a few, must not become the gate.
     """
     name = subject.version.name
-    try:
-        policy = door.policy(name)
-    except RecordNotFound:
-        policy = None
+    policy = _policy(door, name)
     named = subject.run.gate if subject.run is not None else None
     own = is_own_set(question, subject, report.data_digest)
     if question.set_policy or (policy is None and named is not None and own):
@@ -180,12 +178,46 @@ def _context(base: BaseRecord, home: Home, url: str | None) -> int:
     return base.max_positions if running else min(base.max_positions, child.CONTEXT_TOKENS)
 
 
+def stored(which: str, home: Home, url: str | None) -> Evaluated:
+    """A report that is kept, and what the gate says of it now. which: a digest or its beginning, or name@3 for the
+    newest report about that version. Raises InvalidRequest, NotFound.
+    """
+    with _closing(open_door(home, url)) as door:
+        if "@" in which:
+            name, number = version_of(which)
+            version = numbered(door.adapter(name), number)
+            report = door.newest_report(name, number)
+            if report is None:
+                raise RecordNotFound(
+                    f"no report about {version.id} is stored; make one: loraplane eval run {version.id}"
+                )
+        else:
+            report = door.report(check_digest(which))
+        summary = door.adapter(report.adapter)
+        version = numbered(summary, report.number)
+        rival = rival_of(version, None if summary.champion is None else numbered(summary, summary.champion))
+        decision = decide(
+            report,
+            _policy(door, report.adapter),
+            version_digest=version.digest,
+            champion_digest=None if rival is None else rival.digest,
+        )
+        return Evaluated(report, report.digest, decision)
+
+
 def code_version() -> str:
     """The release, and a digest over the code that makes scores: a report of other code is another report."""
     digest = hashlib.sha256()
     for name in _SCORING_CODE:
         digest.update((Path(__file__).parent / name).read_bytes())
     return f"loraplane {metadata.version('loraplane')} scoring {digest.hexdigest()[:12]}"
+
+
+def _policy(door: RegistryDoor, name: str) -> GatePolicy | None:
+    try:
+        return door.policy(name)
+    except RecordNotFound:
+        return None
 
 
 def _key() -> str | None:

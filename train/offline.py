@@ -33,12 +33,13 @@ class OfflineScores:
 
 
 def score_file(path: Path, *, language: str, seed: int) -> OfflineScores:
-    """Score a file's rows. Raises DataRefused with the number of the first bad row."""
+    """Score a file's rows. Raises InvalidRequest for a language that is none, DataRefused for the first bad row."""
+    rouge = Rouge(language)
     cases = _cases(path)
     paired = all(Role.BASE in case.answers for case in cases)
     roles = [Role.BASE, Role.CANDIDATE] if paired else [Role.CANDIDATE]
     systems = [SystemId(role, "baseline" if role is Role.BASE else "prediction", "") for role in roles]
-    scored = score_cases(cases, systems, Rouge(language), seed=seed)
+    scored = score_cases(cases, systems, rouge, seed=seed)
     own = scored.scores[Role.CANDIDATE]
     n = len(cases)
     return OfflineScores(

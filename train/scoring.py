@@ -126,7 +126,12 @@ def examples_of(cases: Sequence[Case], scored: Scored) -> tuple[Mapping[str, obj
 
 
 def extremes(report: Report, metric: str, count: int) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """The examples with the candidate's worst and best scores on a metric, each worst or best first; no overlap."""
+    """The examples with the candidate's worst and best scores on a metric, each worst or best first; no overlap.
+
+    Of a report that holds no such scores of the candidate, none.
+    """
+    if (own := report.system(Role.CANDIDATE)) is None or metric not in own.scores:
+        return [], []
     order = sorted(report.examples, key=lambda e: float(e["scores"][Role.CANDIDATE.value][metric]))
     count = min(count, len(order) // 2)
     return [dict(e) for e in order[:count]], [dict(e) for e in reversed(order[len(order) - count :])]

@@ -19,7 +19,9 @@ _PROMPT_CHARS = 240
 
 def show_report(report: Report, decision: Decision, metric: str) -> None:
     """The whole evaluation on stdout."""
-    say(f"{report.adapter}@{report.number} on {report.n} rows of {report.data} ({report.data_digest[:12]})")
+    say(
+        f"{report.adapter}@{report.number} on {report.n} different prompts of {report.data} ({report.data_digest[:12]})"
+    )
     say("")
     show_systems(report.systems)
     say("")
@@ -27,10 +29,11 @@ def show_report(report: Report, decision: Decision, metric: str) -> None:
     for title, examples in zip(("worst", "best"), extremes(report, metric, _EXAMPLES), strict=True):
         for example in examples:
             say("")
-            say(f"{title}, {_LABELS[metric]} {example['scores'][Role.CANDIDATE.value][metric]:.3f}: {example['id']}")
-            say("\n".join(f"    {line}" for line in _short(str(example["prompt"])).splitlines()))
+            score = example["scores"][Role.CANDIDATE.value][metric]
+            say(f"{title}, {_LABELS[metric]} {score:.3f}: {_printable(_id(example))}")
+            say("\n".join(f"    {_printable(line)}" for line in _short(str(example["prompt"])).splitlines()))
             for label, text in _texts(example):
-                say(f"  {label:>9}: {' '.join(text.split())}")
+                say(f"  {_printable(label):>9}: {_printable(' '.join(text.split()))}")
     say("")
     show_decision(decision)
 
@@ -75,8 +78,9 @@ def markdown(report: Report, decision: Decision, metric: str) -> str:
     worst, best = extremes(report, metric, _EXAMPLES)
     parts = [
         f"# {report.adapter}@{report.number}: {decision.verdict.value}",
-        f"{report.n} rows of {report.data} (`{report.data_digest[:12]}`), adapter `{report.adapter_digest[:12]}`, "
-        f"base `{report.base_digest[:12]}`, {report.code}, {report.created_at}.",
+        f"{report.n} different prompts of {report.data} (`{report.data_digest[:12]}`), "
+        f"adapter `{report.adapter_digest[:12]}`, base `{report.base_digest[:12]}`, "
+        f"{report.code}, {report.created_at}.",
         _md_table(_SYSTEM_COLUMNS, [_system_row(s) for s in report.systems]),
         _md_table(_DIFFERENCE_COLUMNS, [_difference_row(d) for d in report.differences]),
     ]
@@ -87,22 +91,40 @@ def markdown(report: Report, decision: Decision, metric: str) -> str:
             lines = "\n".join(f"- {label}: {_md_cell(text)}" for label, text in _texts(example))
             fence = "`" * max(3, _longest_run(str(example["prompt"])) + 1)
             parts.append(
-                f"## {title}: {example['id']}\n\n{fence}\n{_short(str(example['prompt']))}\n{fence}\n\n{lines}"
+                f"## {title}: {_md_cell(_id(example))}\n\n{fence}\n{_short(str(example['prompt']))}\n{fence}\n\n{lines}"
             )
     return "\n\n".join(parts) + "\n"
 
 
 def _system_row(s: SystemScores) -> tuple[str, ...]:
-    figures = (f"{s.scores[m]:.3f}" for m in ROUGE_METRICS)
+    # A report that came from elsewhere need not hold all metrics.
+    figures = (f"{s.scores[m]:.3f}" if m in s.scores else "-" for m in ROUGE_METRICS)
     return (s.role.value, s.model, *figures, f"{s.length_ratio:.2f}", f"{s.empty_rate:.1%}")
 
 
 def _difference_row(d: PairedDifference) -> tuple[str, ...]:
-    return (d.against.value, _LABELS[d.metric], f"{d.mean:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]", str(d.n))
+    return (
+        d.against.value,
+        _LABELS.get(d.metric, d.metric),
+        f"{d.mean:+.3f}",
+        f"[{d.low:+.3f}, {d.high:+.3f}]",
+        str(d.n),
+    )
 
 
 def _texts(example: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [("reference", str(example["reference"])), *((k, str(v)) for k, v in example["answers"].items())]
+    answers = example.get("answers")
+    given = answers.items() if isinstance(answers, Mapping) else ()
+    return [("reference", str(example.get("reference", ""))), *((str(k), str(v)) for k, v in given)]
+
+
+def _id(example: Mapping[str, Any]) -> str:
+    return str(example.get("id", ""))
+
+
+def _printable(text: str) -> str:
+    """Texts of a model and of strangers: what would move the cursor is shown escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _short(text: str) -> str:

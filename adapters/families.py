@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from adapters.errors import BaseUnsupported
 
-FAMILIES = frozenset({"llama"})
+DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2"})
+ENCODER_DECODERS = frozenset({"t5", "bart"})
+FAMILIES = DECODERS | ENCODER_DECODERS
 
 
 def check_family(family: str) -> None:

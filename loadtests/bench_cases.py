@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from serving.engine.lora import HostAdapter, SlotTensors
+from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.request import Sampling
-from serving.engine.runner import LlamaRunner
+from serving.engine.runner import DecoderRunner, make_slots
 from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan
 
 RANK = 16
@@ -38,7 +38,7 @@ class Case(Protocol):
 class EngineCase:
     """Decode steps of our runner. slots: one for each row; NO_SLOT is the base."""
 
-    def __init__(self, name: str, runner: LlamaRunner, slots: Sequence[int]) -> None:
+    def __init__(self, name: str, runner: DecoderRunner, slots: Sequence[int]) -> None:
         self.name, self.rows = name, len(slots)
         self._runner, self._slots = runner, tuple(slots)
         self._position = PROMPT_TOKENS
@@ -67,7 +67,7 @@ class EngineCase:
 class PrefillCase:
     """One prompt chunk of our runner, alone in its step. rows counts its tokens."""
 
-    def __init__(self, name: str, runner: LlamaRunner, tokens: int, slot: int) -> None:
+    def __init__(self, name: str, runner: DecoderRunner, tokens: int, slot: int) -> None:
         self.name, self.rows = name, tokens
         chunk = tuple(3 + i % 100 for i in range(tokens))
         self._plan = StepPlan((RowPlan(Key((0, 0)), 0, slot, 0, chunk, True, _GREEDY, 0, 0),))
@@ -119,10 +119,9 @@ class _Ticks:
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def make_runner(decoder: Decoder, rows: int, adapters: int) -> LlamaRunner:
+def make_runner(decoder: Decoder, rows: int, adapters: int) -> DecoderRunner:
     """A runner with so many random adapters of rank 16 on every linear; with none, as if LoRA were disabled."""
-    slots = SlotTensors(decoder.sites, max(1, adapters), decoder.dtype, decoder.device, RANK)
-    runner = LlamaRunner(decoder, rows, MAX_LEN, slots)
+    runner = DecoderRunner(decoder, rows, make_slots(decoder, max(1, adapters), RANK))
     for slot in range(1, adapters + 1):
         runner.install(slot, random_adapter(decoder, slot))
     return runner
@@ -143,7 +142,7 @@ def random_adapter(decoder: Decoder, seed: int) -> HostAdapter:
     return HostAdapter(f"random-{seed}", RANK, pairs)
 
 
-def decode_cases(on: LlamaRunner, off: LlamaRunner, rows: int) -> list[Case]:
+def decode_cases(on: DecoderRunner, off: DecoderRunner, rows: int) -> list[Case]:
     """The mixtures of one batch size: the base's is the first, that of an adapter for each row the fourth.
 
     on: a runner with at least `rows` adapters resident; off: one that never had any.

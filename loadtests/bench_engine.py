@@ -38,8 +38,9 @@ from loadtests.bench_cases import (
     random_base,
     with_peft,
 )
-from serving.engine.model import load_decoder, pick_dtype
-from serving.engine.runner import LlamaRunner
+from serving.engine.model import pick_dtype
+from serving.engine.reading import load_decoder
+from serving.engine.runner import DecoderRunner
 from serving.engine.scheduler import NO_SLOT
 
 ROWS = 16
@@ -139,7 +140,7 @@ def machine() -> dict[str, object]:
     }
 
 
-def _decode(on: LlamaRunner, off: LlamaRunner, size: Size) -> list[Figure]:
+def _decode(on: DecoderRunner, off: DecoderRunner, size: Size) -> list[Figure]:
     figures = []
     for batch in size.batches:
         cases = decode_cases(on, off, batch)
@@ -150,7 +151,7 @@ def _decode(on: LlamaRunner, off: LlamaRunner, size: Size) -> list[Figure]:
     return figures
 
 
-def _prefill(on: LlamaRunner, off: LlamaRunner, size: Size) -> list[Figure]:
+def _prefill(on: DecoderRunner, off: DecoderRunner, size: Size) -> list[Figure]:
     chunks: list[Case] = [
         PrefillCase(f"prefill of {tokens}, {'adapter' if slot else 'base'}", runner, tokens, slot)
         for tokens in _CHUNKS
@@ -166,7 +167,7 @@ def _prefill(on: LlamaRunner, off: LlamaRunner, size: Size) -> list[Figure]:
 
 
 def _peers(
-    base: Path, dtype: torch.dtype, device: torch.device, size: Size, on: LlamaRunner, off: LlamaRunner
+    base: Path, dtype: torch.dtype, device: torch.device, size: Size, on: DecoderRunner, off: DecoderRunner
 ) -> list[tuple[Figure, Figure]]:
     """Pairs of our figure and a peer's on the same work, measured in turns with each other."""
     from transformers.utils import logging

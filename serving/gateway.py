@@ -128,7 +128,7 @@ class Gateway:
         fmt = target.prompt_format
         self._check(wishes, prompts, param)
         asked = wishes.max_tokens if wishes.max_tokens is not None else fmt.defaults.max_tokens
-        max_tokens = _max_tokens(wishes.max_tokens, asked or default_tokens, prompts, facts.max_model_len, param)
+        max_tokens = _max_tokens(wishes.max_tokens, asked or default_tokens, prompts, facts, param)
         sampling = self._sampling(wishes, fmt, max_tokens)
         deadline_s = min(self.limits.request_deadline_s, wishes.deadline_s or self.limits.request_deadline_s)
         ends = frozenset(wishes.stop_token_ids) | frozenset(() if wishes.ignore_eos else facts.stop_token_ids)
@@ -191,6 +191,8 @@ class Gateway:
             raise InvalidRequest(f"stop may hold at most {limits.max_stops} texts.", "stop")
         if any(len(stop) > limits.max_stop_chars for stop in wishes.stops):
             raise InvalidRequest(f"A stop text may have at most {limits.max_stop_chars} characters.", "stop")
+        if self.facts().max_answer_len and any("\n" in stop for stop in wishes.stops) and not self._writes_newlines():
+            raise InvalidRequest("This model's vocabulary has no line break, so such a stop is never met.", "stop")
         if len(wishes.logit_bias) > limits.max_logit_bias:
             raise InvalidRequest(f"logit_bias may hold at most {limits.max_logit_bias} tokens.", "logit_bias")
         _check_ids(wishes.logit_bias, vocabulary, "logit_bias")
@@ -200,6 +202,10 @@ class Gateway:
                 raise InvalidRequest("The prompt has no tokens.", param)
             _check_ids(prompt, vocabulary, param)
 
+    def _writes_newlines(self) -> bool:
+        ids = self.renderer.encode("a\nb", add_special_tokens=False)
+        return "\n" in self.renderer.decode(ids)
+
     def _check_count(self, command: CompletionCommand) -> None:
         limit = self.limits.max_sequences
         if len(command.prompts) * command.wishes.n > limit:
@@ -207,15 +213,16 @@ class Gateway:
 
 
 def _max_tokens(
-    given: int | None, wanted: int, prompts: Sequence[Sequence[int]], max_model_len: int, param: str
+    given: int | None, wanted: int, prompts: Sequence[Sequence[int]], facts: EngineFacts, param: str
 ) -> int:
     """The bound on new tokens. What was asked for must fit; a default is cut to what the context has left."""
     longest = max(map(len, prompts))
-    if given is not None and longest + given > max_model_len:
-        raise ContextLengthExceeded(longest, given, max_model_len, param)
-    if longest >= max_model_len:
-        raise ContextLengthExceeded(longest, 0, max_model_len, param)
-    return min(wanted, max_model_len - longest)
+    room = facts.room(longest)
+    if room < 1 or (given is not None and given > room):
+        if facts.max_answer_len and room:
+            raise InvalidRequest(f"This model's answers have at most {room} tokens; lower max_tokens.", "max_tokens")
+        raise ContextLengthExceeded(longest, given or 0, facts.max_model_len, param)
+    return min(wanted, room)
 
 
 def _check_ids(ids: Sequence[int] | Mapping[int, float], vocabulary: int, param: str) -> None:

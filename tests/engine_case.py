@@ -16,10 +16,11 @@ from adapters.spec import parse_spec
 from adapters.weights import open_weights
 from serving.engine.engine import Engine
 from serving.engine.kv import RowTable
-from serving.engine.lora import HostAdapter, SlotTensors
-from serving.engine.model import Decoder, load_decoder
+from serving.engine.lora import HostAdapter
+from serving.engine.model import Decoder
+from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts, Event, Failed, Finished, Sampling, Submit, Tokens
-from serving.engine.runner import LlamaRunner, Runner
+from serving.engine.runner import DecoderRunner, Runner, make_slots
 from serving.engine.scheduler import Key, Limits, Outgoing, Scheduler
 from serving.engine.slots import SlotTable
 from serving.loader import HostTier, host_adapter
@@ -67,7 +68,6 @@ class EngineCase:
         self.answers: dict[Key, Answer] = {}
         self._numbers: Iterator[int] = itertools.count(1)
         self._woken = threading.Event()
-        tensors = SlotTensors(decoder.sites, slots, decoder.dtype, decoder.device, max_rank)
         self.rows, self.slots = RowTable(rows), SlotTable(slots)
         self.host = HostTier(
             read or (lambda digest: read_peft(Path(digest))),
@@ -79,7 +79,7 @@ class EngineCase:
         )
         limits = Limits(MAX_LEN, queue_limit, chunk, 4 * chunk, patience_s)
         self.scheduler = Scheduler(limits, self.rows, self.slots, self.host, frozenset(decoder.stop_token_ids))
-        self.runner = wrap(LlamaRunner(decoder, rows, MAX_LEN, tensors))
+        self.runner = wrap(DecoderRunner(decoder, rows, make_slots(decoder, slots, max_rank)))
         facts = EngineFacts("tiny", "0" * 64, "llama", MAX_LEN, rows, slots, max_rank, "float32", "cpu", (2,))
         self.engine = Engine(
             facts,

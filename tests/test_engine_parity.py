@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapters.errors import BaseUnsupported
-from serving.engine.lora import SlotTensors
+from serving.engine.lora import StackedSlots, add_reference
 from serving.engine.model import Decoder, pick_device
 from tests.engine_case import EngineCase, load_tiny, read_peft
 from tests.tiny_base import VOCAB, Oracle
@@ -73,11 +73,10 @@ def test_logits_of_a_mixed_batch_are_within_the_stated_error(
     decoder: Decoder, oracles: dict[Path | None, Oracle], tiny_adapters: list[Path]
 ) -> None:
     from serving.engine.request import Sampling
-    from serving.engine.runner import LlamaRunner
+    from serving.engine.runner import DecoderRunner, make_slots
     from serving.engine.scheduler import Key, RowPlan, StepPlan
 
-    slots = SlotTensors(decoder.sites, 6, decoder.dtype, decoder.device, 64)
-    runner = LlamaRunner(decoder, 7, 64, slots)
+    runner = DecoderRunner(decoder, 7, make_slots(decoder, 6, 64))
     for number, folder in enumerate(tiny_adapters, start=1):
         runner.install(number, read_peft(folder))
     prompts = [[3 + (7 * i + 5 * j) % 200 for j in range(9 + i)] for i in range(7)]
@@ -94,39 +93,35 @@ def test_logits_of_a_mixed_batch_are_within_the_stated_error(
 
 def test_the_batched_update_equals_the_loop_reference(decoder: Decoder, tiny_adapters: list[Path]) -> None:
     """Over ranks, sites and popularity: distinct, uniform, zipf, identical, none."""
-    slots = SlotTensors(decoder.sites, 6, decoder.dtype, decoder.device, 64)
-    for number, folder in enumerate(tiny_adapters, start=1):
-        slots.install(number, read_peft(folder))
+    slots = StackedSlots(decoder.sites, 6, decoder.dtype, decoder.device, 64)
+    adapters = [read_peft(folder) for folder in tiny_adapters]
+    for number, adapter in enumerate(adapters, start=1):
+        slots.install(number, adapter)
     torch.manual_seed(SEED)
     for tokens in ([1, 2, 3, 4, 5, 6], [0, 3, 3, 0, 5, 1, 2], [1, 1, 1, 1, 2, 1, 0], [4] * 9, [6], [0, 0]):
-        active = slots.active(tokens)
+        assert slots.begin(tokens) is any(tokens)
         for site, shape in enumerate(decoder.sites):
             x = torch.randn(len(tokens), shape.in_features)
-            fast = [torch.randn(len(tokens), w) for w in shape.widths]
-            slow = [t.clone() for t in fast]
-            if active is not None:
-                slots.add(site, active, x, fast)
-            slots.add_reference(site, tokens, x, slow)
-            for a, b in zip(fast, slow, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            fast = torch.randn(len(tokens), sum(shape.widths))
+            slow = fast.clone()
+            slots.add(site, x, fast)
+            add_reference(decoder.sites, site, [adapters[t - 1] if t else None for t in tokens], x, slow)
+            torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
 
 
 def test_a_slot_keeps_nothing_of_the_adapter_before(decoder: Decoder, tiny_adapters: list[Path]) -> None:
     """Rank 16 on three modules, then rank 2 on seven, then q/v only: the tails must be zero each time."""
-    used = SlotTensors(decoder.sites, 1, decoder.dtype, decoder.device, 64)
+    used = StackedSlots(decoder.sites, 1, decoder.dtype, decoder.device, 64)
     for folder in (tiny_adapters[4], tiny_adapters[2], tiny_adapters[1]):
         used.install(1, read_peft(folder))
-    fresh = SlotTensors(decoder.sites, 1, decoder.dtype, decoder.device, 64)
-    fresh.install(1, read_peft(tiny_adapters[1]))
     x = torch.randn(3, 48)
+    used.begin([1, 1, 1])
     for site, shape in enumerate(decoder.sites):
         if shape.in_features == 48:
-            a = [torch.zeros(3, w) for w in shape.widths]
-            b = [torch.zeros(3, w) for w in shape.widths]
-            used.add_reference(site, [1, 1, 1], x, a)
-            fresh.add_reference(site, [1, 1, 1], x, b)
-            for left, right in zip(a, b, strict=True):
-                torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+            left, right = torch.zeros(3, sum(shape.widths)), torch.zeros(3, sum(shape.widths))
+            used.add(site, x, left)
+            add_reference(decoder.sites, site, [read_peft(tiny_adapters[1])] * 3, x, right)
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
 def test_a_packed_products_rows_do_not_depend_on_how_many_there_are() -> None:

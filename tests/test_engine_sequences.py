@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from adapters.errors import AdapterLoadFailed
-from serving.engine.lora import HostAdapter, SlotTensors
+from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
+from serving.engine.ops import Ops
 from serving.engine.request import Failed, Finished, FinishReason, Sampling, Tokens
-from serving.engine.runner import LlamaRunner, Runner
+from serving.engine.runner import DecoderRunner, Runner, make_slots
 from serving.engine.sampling import sample, uniform
 from serving.engine.scheduler import Key, RowPlan, StepPlan, StepResult
-from tests.engine_case import MAX_LEN, EngineCase, load_tiny, read_peft
-from tests.tiny_base import VOCAB, Oracle, save_tiny_base, tiny_config
+from tests.engine_case import EngineCase, load_tiny, read_peft
+from tests.tiny_base import VOCAB, Oracle, save_random, tiny_config
 
 SEED = 20261122
 PROMPT = [5, 9, 33, 61, 17]
@@ -70,14 +71,17 @@ def test_in_bfloat16_a_seeded_sequence_is_bit_for_bit_independent_of_its_batch(
     crowd.run()
 
 
-def test_in_bfloat16_a_prompts_result_does_not_depend_on_where_it_is_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plain", [False, True], ids=["kernels", "torch alone"])
+def test_in_bfloat16_a_prompts_result_does_not_depend_on_where_it_is_cut(tmp_path: Path, plain: bool) -> None:
     """Heads as in SmolLM2; 300 prompts, whole and in two parts: the logits are the same bit for bit."""
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     shape = tiny_config()
     shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim = 72, 9, 3, 64
-    half = load_tiny(save_tiny_base(tmp_path, config=shape), torch.bfloat16)
-    runner = LlamaRunner(half, 2, MAX_LEN, SlotTensors(half.sites, 1, half.dtype, half.device, 8))
+    half = load_tiny(save_random(shape, tmp_path, 0), torch.bfloat16)
+    if plain:
+        half = replace(half, ops=Ops(None))
+    runner = DecoderRunner(half, 2, make_slots(half, 1, 8))
     greedy = Sampling(max_tokens=1, temperature=0.0)
 
     def last(row: int, start: int, tokens: tuple[int, ...]) -> torch.Tensor:

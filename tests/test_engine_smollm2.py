@@ -12,10 +12,9 @@ from adapters.home import Home
 from adapters.prompts import Message, Renderer
 from adapters.records import PromptFormat
 from adapters.registry import Registry
-from serving.engine.lora import SlotTensors
-from serving.engine.model import load_decoder
+from serving.engine.reading import load_decoder
 from serving.engine.request import Sampling
-from serving.engine.runner import LlamaRunner
+from serving.engine.runner import DecoderRunner, make_slots
 from serving.engine.scheduler import Key, RowPlan, StepPlan
 from tests.engine_case import DEVICE, EngineCase, load_tiny, read_peft
 from tests.tiny_base import Oracle, save_adapter
@@ -83,8 +82,8 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_own_bfloat16(base: Path,
     renderer = Renderer(base)
     prompts = [renderer.chat([Message("user", q)], PromptFormat()) for q in QUESTIONS]
     decoder = load_decoder(base, torch.bfloat16, DEVICE, 256)
-    slots = SlotTensors(decoder.sites, 2, decoder.dtype, decoder.device, 64)
-    runner = LlamaRunner(decoder, 3, 256, slots)
+    slots = make_slots(decoder, 2, 64)
+    runner = DecoderRunner(decoder, 3, slots)
     slots.install(1, read_peft(adapters[0], torch.bfloat16))
     greedy = Sampling(max_tokens=1, temperature=0.0)
     plan = StepPlan(tuple(RowPlan(Key((0, i)), i, 1, 0, tuple(p), True, greedy, 0, 0) for i, p in enumerate(prompts)))
@@ -105,8 +104,8 @@ def test_float32_logits_are_within_the_stated_error(base: Path, adapters: list[P
     renderer = Renderer(base)
     prompts = [renderer.chat([Message("user", q)], PromptFormat()) for q in QUESTIONS]
     decoder = load_decoder(base, torch.float32, DEVICE, 256)
-    slots = SlotTensors(decoder.sites, 2, decoder.dtype, decoder.device, 64)
-    runner = LlamaRunner(decoder, 3, 256, slots)
+    slots = make_slots(decoder, 2, 64)
+    runner = DecoderRunner(decoder, 3, slots)
     for number, folder in enumerate(adapters, start=1):
         slots.install(number, read_peft(folder))
     greedy = Sampling(max_tokens=1, temperature=0.0)

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 SPECIALS = ("<pad>", "<s>", "</s>")
 VOCAB = len(SPECIALS) + 256
@@ -38,14 +45,31 @@ def tiny_config() -> LlamaConfig:
     )
 
 
-def save_tiny_base(folder: Path, seed: int = 0, config: LlamaConfig | None = None) -> Path:
+def save_tiny_base(folder: Path, seed: int = 0) -> Path:
     """Save the tiny base in float32; wide random weights, so that greedy answers are not all alike."""
+    return save_random(tiny_config(), folder, seed)
+
+
+def save_random(config: PretrainedConfig, folder: Path, seed: int) -> Path:
+    """Save a random decoder-only model of a configuration, with the byte tokenizer."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config or tiny_config())
+    return _save(AutoModelForCausalLM.from_config(config), folder)
+
+
+def save_random_seq2seq(config: PretrainedConfig, folder: Path, seed: int) -> Path:
+    """Save a random encoder-decoder of a configuration, with the byte tokenizer."""
+    torch.manual_seed(seed)
+    # T5 does not scale its scores: wider weights saturate them, and float32 then decides at random.
+    return _save(AutoModelForSeq2SeqLM.from_config(config), folder, width=0.1)
+
+
+def _save(model: PreTrainedModel, folder: Path, width: float = 0.2) -> Path:
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                parameter.normal_(0.0, 0.2)
+                parameter.normal_(0.0, width)
+            else:  # norms and biases: not the ones and zeros that would hide a mistake
+                parameter.add_(torch.randn_like(parameter) * (0.1 if "bias" in name else 0.05))
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -75,6 +99,7 @@ def save_adapter(
     rslora: bool = False,
     rank_pattern: dict[str, int] | None = None,
     scale: float = 0.2,
+    fan_in_fan_out: bool = False,
 ) -> Path:
     """Save a random PEFT adapter whose B is not zero, so that its answers differ from the base's."""
     torch.manual_seed(seed)
@@ -85,6 +110,7 @@ def save_adapter(
         target_modules=list(targets),
         use_rslora=rslora,
         rank_pattern=rank_pattern or {},
+        fan_in_fan_out=fan_in_fan_out,
         task_type="CAUSAL_LM",
     )
     peft = get_peft_model(model, config)

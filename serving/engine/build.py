@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 
-from adapters.families import check_family
+from adapters.families import ENCODER_DECODERS, check_family
 from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine, Sink
 from serving.engine.kv import RowTable
-from serving.engine.lora import SlotTensors
-from serving.engine.model import load_decoder, pick_device, pick_dtype
+from serving.engine.model import Decoder, pick_device, pick_dtype
+from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts
-from serving.engine.runner import LlamaRunner
+from serving.engine.runner import DecoderRunner, Runner, make_slots
 from serving.engine.scheduler import Limits, Scheduler
+from serving.engine.seq2seq import EncoderDecoder, load_encoder_decoder
+from serving.engine.seq2seq_runner import Seq2SeqRunner
 from serving.engine.slots import SlotTable
 from serving.loader import HostTier, read_adapter
 
@@ -26,9 +28,7 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
     device = pick_device(config.device)
     torch.set_num_threads(config.num_threads)
     dtype = pick_dtype(config.dtype, device)
-    decoder = load_decoder(Path(config.base_folder), dtype, device, config.max_model_len)
-    tensors = SlotTensors(decoder.sites, config.slots, dtype, device, config.max_rank)
-    runner = LlamaRunner(decoder, config.max_rows, config.max_model_len, tensors)
+    base, runner, max_answer_len = _load(config, dtype, device)
     rows, slots = RowTable(config.max_rows), SlotTable(config.slots)
     engines: list[Engine] = []
     host = HostTier(
@@ -44,8 +44,9 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
         prefill_chunk=config.prefill_chunk,
         prefill_chunk_alone=config.prefill_chunk_alone,
         patience_s=config.patience_s,
+        max_answer_len=max_answer_len,
     )
-    scheduler = Scheduler(limits, rows, slots, host, frozenset(decoder.stop_token_ids))
+    scheduler = Scheduler(limits, rows, slots, host, frozenset(base.stop_token_ids))
     facts = EngineFacts(
         base_name=config.base_name,
         base_digest=config.base_digest,
@@ -56,8 +57,9 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
         max_rank=config.max_rank,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
-        stop_token_ids=decoder.stop_token_ids,
+        stop_token_ids=base.stop_token_ids,
         replica=config.replica,
+        max_answer_len=max_answer_len,
     )
     engine = Engine(
         facts,
@@ -72,3 +74,15 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
     )
     engines.append(engine)
     return engine
+
+
+def _load(
+    config: EngineConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Decoder | EncoderDecoder, Runner, int]:
+    """The base, its runner, and the longest answer of an encoder-decoder (0 for the others)."""
+    folder, length, rows = Path(config.base_folder), config.max_model_len, config.max_rows
+    if config.family in ENCODER_DECODERS:
+        both = load_encoder_decoder(folder, dtype, device, length)
+        return both, Seq2SeqRunner(both, rows, make_slots(both, config.slots, config.max_rank)), both.max_output
+    decoder = load_decoder(folder, dtype, device, length)
+    return decoder, DecoderRunner(decoder, rows, make_slots(decoder, config.slots, config.max_rank)), 0

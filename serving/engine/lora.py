@@ -1,12 +1,14 @@
-"""Low-rank updates of many adapters in one batch: stacked slot tensors, applied to the rows that lease them.
+"""Low-rank updates of many adapters in one batch, applied to the rows that lease them.
 
-A site is a group of linears that read the same input (q/k/v, o, gate/up, down); its A parts share one product.
+A site is a group of linears that read the same input (q/k/v, o, gate/up, down). Two forms of slots: stacked tensors and
+masked products, here, in torch alone; and each adapter packed for the kernels, in packed.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +44,30 @@ class Site:
     widths: tuple[int, ...]
 
 
+class Slots(Protocol):
+    """Where adapters lie on the device. `Step` is what `active` prepares and `add` takes, of the form's own kind."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of what the slots hold."""
+
+    def install(self, slot: int, adapter: HostAdapter) -> None:
+        """Put an adapter into a slot (1-based), whatever was there before.
+
+        Raises ValueError when its rank exceeds what slots may hold; the slot is untouched then.
+        """
+
+    def begin(self, slots: Sequence[int]) -> bool:
+        """Prepare a step whose flat tokens have these slots; False when none has an adapter."""
+
+    def add(self, site: int, x: Tensor, y: Tensor) -> None:
+        """Add each token's low-rank update to a site's fused output, in place.
+
+        Meaning: ``y[t, outputs of m] += x[t] @ A[slot[t], m].T @ B[slot[t], m]`` (Hu et al. 2021, eq. 3).
+        x: (T, in); y: (T, sum of the widths of the site's modules).
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Active:
     """Which slots this step's tokens use: slots low..high-1 (zero-based), keep[t, s]: token t uses slot low + s."""
@@ -52,7 +78,7 @@ class Active:
     touched: frozenset[str]
 
 
-class SlotTensors:
+class StackedSlots:
     """The stacked A and B of every site for all slots of one device.
 
     A of a site: (slots, modules of the site, rank, in). B of a module: (slots, rank, out). A slot's unused ranks and
@@ -65,6 +91,7 @@ class SlotTensors:
         self._sites, self._slots, self._dtype, self._device = tuple(sites), slots, dtype, device
         self._max_rank = max_rank
         self._touched: dict[int, frozenset[str]] = {}
+        self._step: Active | None = None
         self.rank = 0
         self._a: list[Tensor] = []
         self._b: list[list[Tensor]] = []
@@ -86,15 +113,12 @@ class SlotTensors:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all slots."""
+        """See Slots."""
         flat = [*self._a, *(b for row in self._b for b in row)]
         return sum(t.numel() * t.element_size() for t in flat)
 
     def install(self, slot: int, adapter: HostAdapter) -> None:
-        """Write an adapter into a slot (1-based), whatever was there before: rest ranks and modules become zero.
-
-        Raises ValueError when its rank exceeds what slots may grow to; the slot is untouched then.
-        """
+        """See Slots. Ranks and modules that the adapter lacks become zero."""
         if adapter.rank > self._max_rank:
             raise ValueError(f"rank {adapter.rank} exceeds the slots' limit {self._max_rank}")
         if adapter.rank > self.rank:
@@ -112,26 +136,29 @@ class SlotTensors:
                     b[m][index, :rank].copy_(pair[1])
         self._touched[slot] = frozenset(adapter.pairs)
 
-    def active(self, slots: Sequence[int]) -> Active | None:
-        """What the tokens of one step need, given each token's slot; None when no token has an adapter."""
+    def begin(self, slots: Sequence[int]) -> bool:
+        """See Slots."""
+        self._step = None
         used = sorted({s for s in slots if s > 0})
         if not used:
-            return None
+            return False
         low, high = used[0] - 1, used[-1]
         wanted = torch.arange(low + 1, high + 1, device=self._device)
         keep = torch.tensor(slots, device=self._device)[:, None] == wanted[None, :]
         touched = frozenset().union(*(self._touched[s] for s in used))
-        return Active(low, high, keep, touched)
+        self._step = Active(low, high, keep, touched)
+        return True
 
-    def add(self, site: int, active: Active, x: Tensor, outputs: Sequence[Tensor]) -> None:
-        """Add each token's low-rank update to the site's outputs, in place.
-
-        Meaning: ``outputs[m][t] += x[t] @ A[slot[t], m].T @ B[m][slot[t]]`` (Hu et al. 2021, eq. 3).
-        x: (T, in); outputs: one (T, out) view for each module of the site.
+    def add(self, site: int, x: Tensor, y: Tensor) -> None:
+        """See Slots.
 
         One product with the A of all slots in use, then zero what is not the token's own: `where`, not a factor, so
         that one adapter's overflow never reaches another's rows.
         """
+        active = self._step
+        if active is None:
+            return
+        outputs = y.split(self._sites[site].widths, dim=-1)
         modules = self._sites[site].modules
         if active.touched.isdisjoint(modules):
             return
@@ -144,9 +171,15 @@ class SlotTensors:
                 b = self._b[site][m][active.low : active.high].reshape(slots * rank, -1)
                 outputs[m].add_(hidden[:, :, m].reshape(-1, slots * rank) @ b)
 
-    def add_reference(self, site: int, slots: Sequence[int], x: Tensor, outputs: Sequence[Tensor]) -> None:
-        """The same, one token at a time: slow and obvious, what `add` is tested against."""
-        for t, slot in enumerate(slots):
-            for m in range(len(self._sites[site].modules)):
-                if slot > 0:
-                    outputs[m][t] += x[t] @ self._a[site][slot - 1, m].T @ self._b[site][m][slot - 1]
+
+def add_reference(
+    sites: Sequence[Site], site: int, adapters: Sequence[HostAdapter | None], x: Tensor, y: Tensor
+) -> None:
+    """What `Slots.add` means, one token and one module at a time: slow and obvious. adapters: of each token."""
+    for t, adapter in enumerate(adapters):
+        if adapter is not None:
+            outputs = y[t].split(sites[site].widths)
+            for module, output in zip(sites[site].modules, outputs, strict=True):
+                if module in adapter.pairs:
+                    a, b = adapter.pairs[module]
+                    output += x[t] @ a.T @ b

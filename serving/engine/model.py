@@ -1,56 +1,61 @@
-"""The frozen base as the runner wants it: fused, packed projections of a Llama-family decoder."""
+"""A frozen decoder-only base as the runner wants it, whatever its family: fused, packed projections."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from adapters.errors import BaseUnsupported
-from adapters.families import check_family
+from serving.engine.attention import Heads
 from serving.engine.linear import FrozenLinear
 from serving.engine.lora import Site
+from serving.engine.ops import Activation, Norm, Ops
 
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_OUTPUT = ("self_attn.o_proj",)
-_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-_DOWN = ("mlp.down_proj",)
 SITES_PER_LAYER = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer. qkv and gate_up are fused along their outputs."""
+    """One decoder layer. qkv and up (with a gate: gate, then up) are fused along their outputs.
 
-    input_norm: Tensor
+    attended_norm, mixed_norm: of what attention and MLP give, before it is added (Gemma 2 and 3).
+    """
+
+    heads: Heads
+    attention_norm: Norm
     qkv: FrozenLinear
     out: FrozenLinear
-    post_norm: Tensor
-    gate_up: FrozenLinear
+    mlp_norm: Norm
+    up: FrozenLinear
     down: FrozenLinear
+    attended_norm: Norm | None = None
+    mixed_norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A whole base. cos, sin: (max_model_len, head_dim) rotary tables; sites: four a layer, in layer order."""
+    """A whole base. sites: four a layer, in layer order; ops: what computes between the products.
+
+    positions: (positions, width), learned, or None; embedding_scale multiplies what is looked up; logit_cap: 0, or
+    logits become cap * tanh(logits / cap).
+    """
 
     embedding: Tensor
     layers: tuple[Layer, ...]
-    norm: Tensor
+    norm: Norm
     head: FrozenLinear
-    cos: Tensor
-    sin: Tensor
-    eps: float
-    heads: int
-    kv_heads: int
-    head_dim: int
+    activation: Activation
+    ops: Ops
+    max_model_len: int
     sites: tuple[Site, ...]
     dtype: torch.dtype
     device: torch.device
     stop_token_ids: tuple[int, ...]
+    positions: Tensor | None = None
+    embedding_scale: float = 1.0
+    logit_cap: float = 0.0
 
 
 def pick_device(name: str) -> torch.device:
@@ -76,74 +81,3 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     cpu = torch.backends.cpu.get_cpu_capability()
     native = torch.cpu._is_avx512_bf16_supported() if "AVX512" in cpu else False
     return torch.bfloat16 if native else torch.float32
-
-
-def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device, max_model_len: int) -> Decoder:
-    """Read a saved base through transformers and lay it out for the runner.
-
-    Raises BaseUnsupported for a family, activation or rotary variant that this runner does not compute.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    config = model.config
-    check_family(str(config.model_type))
-    if config.hidden_act != "silu":
-        raise BaseUnsupported(f"activation {config.hidden_act!r} is not served; the Llama family uses silu")
-    rope = LlamaRotaryEmbedding(config)
-    if rope.rope_type == "dynamic":
-        raise BaseUnsupported("dynamic rotary scaling changes with length and is not served")
-    positions = torch.arange(max_model_len)[None]
-    cos, sin = rope(torch.zeros(1, dtype=torch.float32), positions)
-    state: dict[str, Tensor] = {k: v.to(device) for k, v in model.state_dict().items()}
-    del model
-    layers, sites = [], []
-    for index in range(config.num_hidden_layers):
-        prefix = f"model.layers.{index}."
-        layers.append(_layer(state, prefix))
-        sites += [_site(state, prefix, names) for names in (_ATTENTION, _OUTPUT, _GATE_UP, _DOWN)]
-        for name in [k for k in state if k.startswith(prefix)]:
-            del state[name]  # packed by now: do not hold the base twice
-    embedding = state["model.embed_tokens.weight"]
-    eos = config.eos_token_id
-    return Decoder(
-        embedding=embedding,
-        layers=tuple(layers),
-        norm=state["model.norm.weight"],
-        head=FrozenLinear(embedding if config.tie_word_embeddings else state["lm_head.weight"]),
-        cos=cos[0].to(device=device, dtype=dtype),
-        sin=sin[0].to(device=device, dtype=dtype),
-        eps=float(config.rms_norm_eps),
-        heads=int(config.num_attention_heads),
-        kv_heads=int(config.num_key_value_heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
-        sites=tuple(sites),
-        dtype=dtype,
-        device=device,
-        stop_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
-    )
-
-
-def _fused(state: Mapping[str, Tensor], prefix: str, names: tuple[str, ...]) -> FrozenLinear:
-    weights = [state[f"{prefix}{n}.weight"] for n in names]
-    biases = [state[f"{prefix}{n}.bias"] for n in names if f"{prefix}{n}.bias" in state]
-    return FrozenLinear(torch.cat(weights), torch.cat(biases) if biases else None)
-
-
-def _layer(state: Mapping[str, Tensor], prefix: str) -> Layer:
-    return Layer(
-        input_norm=state[f"{prefix}input_layernorm.weight"],
-        qkv=_fused(state, prefix, _ATTENTION),
-        out=_fused(state, prefix, _OUTPUT),
-        post_norm=state[f"{prefix}post_attention_layernorm.weight"],
-        gate_up=_fused(state, prefix, _GATE_UP),
-        down=_fused(state, prefix, _DOWN),
-    )
-
-
-def _site(state: Mapping[str, Tensor], prefix: str, names: tuple[str, ...]) -> Site:
-    shapes = [state[f"{prefix}{n}.weight"].shape for n in names]
-    return Site(tuple(prefix + n for n in names), int(shapes[0][1]), tuple(int(s[0]) for s in shapes))

@@ -165,7 +165,11 @@ class Events(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineFacts(msgspec.Struct, frozen=True, tag=True):
-    """First frame from the engine: what it holds and where its limits are."""
+    """First frame from the engine: what it holds and where its limits are.
+
+    max_model_len: tokens of prompt and answer together; of an encoder-decoder the prompt's alone, and max_answer_len
+    bounds its answers.
+    """
 
     base_name: str
     base_digest: str
@@ -178,6 +182,18 @@ class EngineFacts(msgspec.Struct, frozen=True, tag=True):
     device: str
     stop_token_ids: tuple[int, ...]
     replica: str = ""
+    max_answer_len: int = 0
+
+    def room(self, prompt_tokens: int) -> int:
+        """How many tokens an answer to a prompt of this length may have."""
+        return answer_room(prompt_tokens, self.max_model_len, self.max_answer_len)
+
+
+def answer_room(prompt_tokens: int, max_model_len: int, max_answer_len: int) -> int:
+    """Tokens left for an answer. max_answer_len 0: prompt and answer share one context."""
+    if not max_answer_len:
+        return max(0, max_model_len - prompt_tokens)
+    return max_answer_len if prompt_tokens <= max_model_len else 0
 
 
 ToEngine = Hello | Submit | Cancel

@@ -24,6 +24,7 @@ from serving.engine.request import (
     Timing,
     TokenLogprob,
     Tokens,
+    answer_room,
 )
 from serving.engine.slots import NoSlotFree, Placement, SlotTable
 
@@ -152,13 +153,17 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The figures that bound a scheduler. prefill_chunk: prompt tokens a step while others decode."""
+    """The figures that bound a scheduler. prefill_chunk: prompt tokens a step while others decode.
+
+    max_answer_len: of an encoder-decoder (see EngineFacts), whose prompts are computed whole; else 0.
+    """
 
     max_model_len: int
     queue_limit: int
     prefill_chunk: int
     prefill_chunk_alone: int
     patience_s: float = 2.0
+    max_answer_len: int = 0
 
 
 class Scheduler:
@@ -196,16 +201,17 @@ class Scheduler:
 
     def submit(self, key: Key, submit: Submit, now: float) -> list[Event]:
         """Take a sequence in, or refuse it at once: the one ending then is in the answer."""
-        asked = len(submit.prompt) + submit.sampling.max_tokens
+        limits = self._limits
+        room = answer_room(len(submit.prompt), limits.max_model_len, limits.max_answer_len)
         if not submit.prompt:
             return [Failed(submit.id, "invalid_value", "The prompt is empty.")]
-        if submit.sampling.max_tokens < 1 or asked > self._limits.max_model_len:
+        if not 1 <= submit.sampling.max_tokens <= room:
             return [
                 Failed(
                     submit.id,
                     "context_length_exceeded",
                     f"{len(submit.prompt)} prompt tokens and {submit.sampling.max_tokens} new ones do not fit "
-                    f"{self._limits.max_model_len}.",
+                    f"{limits.max_model_len}.",
                 )
             ]
         # A burst between two steps waits beside rows that are still free: those places count too.
@@ -298,7 +304,8 @@ class Scheduler:
 
     def _prefill_row(self, sequence: Sequence, budget: int) -> RowPlan:
         prompt = sequence.submit.prompt
-        end = min(len(prompt), sequence.computed + budget)
+        whole = bool(self._limits.max_answer_len)  # an encoder reads both ways
+        end = len(prompt) if whole else min(len(prompt), sequence.computed + budget)
         return self._row(sequence, sequence.computed, prompt[sequence.computed : end], sample=end == len(prompt))
 
     def _row(self, sequence: Sequence, start: int, tokens: tuple[int, ...], sample: bool) -> RowPlan:

@@ -1,0 +1,199 @@
+"""Computes the steps of an encoder-decoder: new rows are encoded whole, then all rows decode one token together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from serving.engine.lora import HostAdapter, Slots
+from serving.engine.memory import lazy_zeros
+from serving.engine.ops import Norm
+from serving.engine.request import Sampling
+from serving.engine.sampling import sample
+from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan, StepResult
+from serving.engine.seq2seq import Block, EncoderDecoder, Linear, Stack, tokens_of
+
+_PROBE = Key((-1, -1))
+_KEY_BLOCK = 64  # keys are attended to in multiples of this, so that a row rounds the same whatever shares its step
+
+
+class Seq2SeqRunner:
+    """T5 and BART on CPU or CUDA. A row has its encoder's keys and values for every decoder layer, and its own.
+
+    Cross keys and values: (rows, heads, max_input, dim); the decoder's own: (rows, heads, max_output, dim).
+    """
+
+    def __init__(self, base: EncoderDecoder, rows: int, slots: Slots) -> None:
+        self._b, self._slots, self._probe_row = base, slots, rows
+        count = len(base.decoder.blocks)
+
+        def cache(length: int) -> list[Tensor]:
+            return [lazy_zeros((rows + 1, base.heads, length, base.dim), base.dtype, base.device) for _ in range(count)]
+
+        self._keys, self._values = cache(base.max_output), cache(base.max_output)
+        self._cross_keys, self._cross_values = cache(base.max_input), cache(base.max_input)
+        self._read = [0] * (rows + 1)  # input tokens of each row
+        self._written = [0] * (rows + 1)  # positions of each row's own cache
+        self._last = [0] * (rows + 1)
+
+    def install(self, slot: int, adapter: HostAdapter) -> None:
+        """See Runner. Raises ValueError when the adapter's rank exceeds the slots' limit."""
+        self._slots.install(slot, adapter)
+
+    def probe(self) -> bool:
+        """See Runner."""
+        row = RowPlan(_PROBE, self._probe_row, NO_SLOT, 0, (0,), True, Sampling(max_tokens=1, temperature=0.0), 0, 0)
+        return self.run(StepPlan((row,))).sampled[_PROBE].fault is None
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """See Runner. A row with tokens must bring its whole input: the encoder reads both ways."""
+        for scrubbed in plan.scrub:
+            for cache in (*self._keys, *self._values, *self._cross_keys, *self._cross_values):
+                cache[scrubbed].zero_()
+        sampled = sample(self.logits(plan), plan.rows)
+        for row, found in zip(plan.rows, sampled, strict=True):
+            self._last[row.row] = found.token
+        return StepResult({row.key: s for row, s in zip(plan.rows, sampled, strict=True)})
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan) -> Tensor:
+        """(rows, vocabulary): encode the rows that bring tokens, then decode one token of every row."""
+        fresh = [row for row in plan.rows if row.tokens]
+        if fresh:
+            self._encode(fresh)
+        for row in fresh:
+            self._read[row.row], self._written[row.row] = row.length, 0
+        *forced, last = self._b.start_token_ids
+        for token in forced:
+            self._decode(fresh, [token] * len(fresh))
+        return self._decode(plan.rows, [last if row.tokens else self._last[row.row] for row in plan.rows])
+
+    def _encode(self, rows: Sequence[RowPlan]) -> None:
+        b = self._b
+        lengths = [r.length for r in rows]
+        lora = self._lora(tokens_of([r.slot for r in rows], lengths))
+        positions = [p for n in lengths for p in range(n)]
+        x = self._embed(b.encoder, [t for r in rows for t in r.tokens], positions)
+
+        def attend(block: Block, h: Tensor) -> Tensor:
+            q, k, v = self._heads(lora(block.qkv, h), 3)
+            parts = []
+            for (qs, ks, vs), n in zip(zip(*(t.split(lengths) for t in (q, k, v)), strict=True), lengths, strict=True):
+                bias = _by_distance(b.encoder.distance_bias, torch.arange(n), n)
+                parts.append(
+                    self._attend(qs.transpose(0, 1), ks.transpose(0, 1), vs.transpose(0, 1), bias).transpose(0, 1)
+                )
+            return lora(block.out, torch.cat(parts).flatten(1))
+
+        for block in b.encoder.blocks:
+            x = self._part(x, block.attention_norm, partial(attend, block))
+            x = self._part(x, block.mlp_norm, partial(self._mlp, block, lora))
+        if b.encoder.last_norm is not None:
+            x = b.ops.norm(x, b.encoder.last_norm)
+        for index, block in enumerate(b.decoder.blocks):
+            if block.cross_kv is None:
+                continue
+            k, v = self._heads(lora(block.cross_kv, x), 2)
+            for row, ks, vs in zip(rows, k.split(lengths), v.split(lengths), strict=True):
+                self._cross_keys[index][row.row, :, : row.length] = ks.transpose(0, 1)
+                self._cross_values[index][row.row, :, : row.length] = vs.transpose(0, 1)
+
+    def _decode(self, rows: Sequence[RowPlan], tokens: Sequence[int]) -> Tensor:
+        b = self._b
+        lora = self._lora([r.slot for r in rows])
+        at = torch.tensor([r.row for r in rows], device=b.device)
+        where = torch.tensor([self._written[r.row] for r in rows])
+        read = torch.tensor([self._read[r.row] for r in rows])
+        own, cross = self._span(int(where.max()) + 1, b.max_output), self._span(int(read.max()), b.max_input)
+        unseen = torch.arange(own) > where[:, None]
+        own_mask = torch.zeros(len(rows), 1, 1, own, dtype=b.dtype).masked_fill_(unseen[:, None, None], float("-inf"))
+        absent = torch.arange(cross) >= read[:, None]
+        cross_mask = torch.zeros(len(rows), 1, 1, cross, dtype=b.dtype).masked_fill_(
+            absent[:, None, None], float("-inf")
+        )
+        own_mask, cross_mask = own_mask.to(b.device), cross_mask.to(b.device)
+        bias = _by_distance(b.decoder.distance_bias, where, own)
+        if bias is not None:
+            own_mask = own_mask + bias.transpose(0, 1)[:, :, None]
+        x = self._embed(b.decoder, tokens, where.tolist())
+        place = where.to(b.device)
+
+        def attend(index: int, block: Block, h: Tensor) -> Tensor:
+            q, k, v = self._heads(lora(block.qkv, h), 3)
+            keys, values = self._keys[index], self._values[index]
+            keys[at, :, place], values[at, :, place] = k, v
+            found = self._attend(q[:, :, None], keys[at, :, :own], values[at, :, :own], own_mask)
+            return lora(block.out, found.flatten(1))
+
+        def cross_attend(index: int, block: Block, h: Tensor) -> Tensor:
+            if block.cross_q is None or block.cross_out is None:
+                return torch.zeros_like(h)
+            (q,) = self._heads(lora(block.cross_q, h), 1)
+            keys, values = self._cross_keys[index][at, :, :cross], self._cross_values[index][at, :, :cross]
+            return lora(block.cross_out, self._attend(q[:, :, None], keys, values, cross_mask).flatten(1))
+
+        for index, block in enumerate(b.decoder.blocks):
+            x = self._part(x, block.attention_norm, partial(attend, index, block))
+            if block.cross_norm is not None:
+                x = self._part(x, block.cross_norm, partial(cross_attend, index, block))
+            x = self._part(x, block.mlp_norm, partial(self._mlp, block, lora))
+        if b.decoder.last_norm is not None:
+            x = b.ops.norm(x, b.decoder.last_norm)
+        for row in rows:
+            self._written[row.row] += 1
+        logits = b.head(x * b.head_scale if b.head_scale != 1.0 else x)
+        return logits if b.head_bias is None else logits + b.head_bias
+
+    def _embed(self, stack: Stack, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        b = self._b
+        x = b.embedding[torch.tensor(tokens, device=b.device)]
+        if b.embedding_scale != 1.0:
+            x = x * b.embedding_scale
+        if stack.positions is not None:
+            x = x + stack.positions[torch.tensor(positions, device=b.device)]
+        return x if stack.first_norm is None else b.ops.norm(x, stack.first_norm)
+
+    def _part(self, x: Tensor, norm: Norm, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """x and what a part of a layer adds to it, normed before (T5) or after (BART)."""
+        b = self._b
+        if b.norm_after:
+            return b.ops.norm(x + compute(x), norm)
+        return x + compute(b.ops.norm(x, norm))
+
+    def _mlp(self, block: Block, lora: Callable[[Linear, Tensor], Tensor], h: Tensor) -> Tensor:
+        return lora(block.down, self._b.ops.activate(lora(block.up, h), self._b.activation))
+
+    def _lora(self, slots: Sequence[int]) -> Callable[[Linear, Tensor], Tensor]:
+        """A linear with the adapters of these flat tokens."""
+        if not self._slots.begin(slots):
+            return lambda linear, x: linear.product(x)
+
+        def apply(linear: Linear, x: Tensor) -> Tensor:
+            y = linear.product(x)
+            self._slots.add(linear.site, x, y)
+            return y
+
+        return apply
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(T, parts * heads * dim) -> parts times (T, heads, dim)."""
+        return tuple(x.unflatten(-1, (parts, self._b.heads, self._b.dim)).unbind(1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self._b.scale)
+
+    def _span(self, length: int, most: int) -> int:
+        return min(most, -(-length // _KEY_BLOCK) * _KEY_BLOCK)
+
+
+def _by_distance(table: Tensor | None, queries: Tensor, keys: int) -> Tensor | None:
+    """(heads, queries, keys): the bias of each key for queries at these positions. table: (heads, 2 * length - 1)."""
+    if table is None:
+        return None
+    middle = (table.shape[1] - 1) // 2
+    return table[:, (torch.arange(keys)[None] - queries[:, None] + middle).to(table.device)]

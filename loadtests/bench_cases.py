@@ -13,9 +13,9 @@ from torch import Tensor
 
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
+from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan
 from serving.engine.request import Sampling
 from serving.engine.runner import DecoderRunner, make_slots
-from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan
 
 RANK = 16
 PROMPT_TOKENS = 50

@@ -39,9 +39,9 @@ from loadtests.bench_cases import (
     with_peft,
 )
 from serving.engine.model import pick_dtype
+from serving.engine.plan import NO_SLOT
 from serving.engine.reading import load_decoder
 from serving.engine.runner import DecoderRunner
-from serving.engine.scheduler import NO_SLOT
 
 ROWS = 16
 _CHUNKS = (64, 512)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 import structlog
 
+from serving.engine.plan import Key, Outgoing
 from serving.engine.request import (
     Cancel,
     EngineFacts,
@@ -35,7 +36,6 @@ from serving.engine.request import (
     Submit,
     ToEngine,
 )
-from serving.engine.scheduler import Key, Outgoing
 
 if TYPE_CHECKING:  # the gateway's end needs no torch, and `loraplane serve --help` waits for none
     from serving.engine.engine import Engine

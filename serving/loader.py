@@ -24,7 +24,7 @@ from adapters.store import BlobStore
 from adapters.weights import CanonicalWeights, TensorView, check_shapes, open_weights
 from serving.engine.config import EngineConfig
 from serving.engine.lora import HostAdapter
-from serving.engine.scheduler import Load, LoadState
+from serving.engine.plan import Load, LoadState
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

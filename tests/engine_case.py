@@ -18,10 +18,11 @@ from serving.engine.engine import Engine
 from serving.engine.kv import RowTable
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
+from serving.engine.plan import Key, Outgoing
 from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts, Event, Failed, Finished, Sampling, Submit, Tokens
 from serving.engine.runner import DecoderRunner, Runner, make_slots
-from serving.engine.scheduler import Key, Limits, Outgoing, Scheduler
+from serving.engine.scheduler import Limits, Scheduler
 from serving.engine.slots import SlotTable
 from serving.loader import HostTier, host_adapter
 

@@ -19,9 +19,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan
 from serving.engine.request import Sampling
 from serving.engine.runner import DecoderRunner, make_slots
-from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan
 from tests.engine_case import load_tiny, read_peft
 from tests.tiny_base import VOCAB, Oracle, save_adapter, save_random
 

@@ -17,8 +17,8 @@ from serving.engine.kernels.load import KernelsMissing, cpu_kernels
 from serving.engine.lora import HostAdapter, Site, add_reference
 from serving.engine.ops import Activation, Norm, Ops
 from serving.engine.packed import PackedSlots
+from serving.engine.plan import Key, RowPlan
 from serving.engine.request import Sampling
-from serving.engine.scheduler import Key, RowPlan
 
 SEED = 20261122
 # One unit of bfloat16 in the last place is 2**-8 of the value; sums here have a few roundings.

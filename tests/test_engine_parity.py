@@ -72,9 +72,9 @@ def test_mixed_batches_answer_as_each_adapter_alone(
 def test_logits_of_a_mixed_batch_are_within_the_stated_error(
     decoder: Decoder, oracles: dict[Path | None, Oracle], tiny_adapters: list[Path]
 ) -> None:
+    from serving.engine.plan import Key, RowPlan, StepPlan
     from serving.engine.request import Sampling
     from serving.engine.runner import DecoderRunner, make_slots
-    from serving.engine.scheduler import Key, RowPlan, StepPlan
 
     runner = DecoderRunner(decoder, 7, make_slots(decoder, 6, 64))
     for number, folder in enumerate(tiny_adapters, start=1):

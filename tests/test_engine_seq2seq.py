@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, BartConfig, T5Config
 
+from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan
 from serving.engine.request import Sampling
 from serving.engine.runner import make_slots
-from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan
 from serving.engine.seq2seq import EncoderDecoder, load_encoder_decoder
 from serving.engine.seq2seq_runner import Seq2SeqRunner
 from tests.engine_case import DEVICE, read_peft

@@ -14,10 +14,10 @@ from adapters.errors import AdapterLoadFailed
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.ops import Ops
+from serving.engine.plan import Key, RowPlan, StepPlan, StepResult
 from serving.engine.request import Failed, Finished, FinishReason, Sampling, Tokens
 from serving.engine.runner import DecoderRunner, Runner, make_slots
 from serving.engine.sampling import sample, uniform
-from serving.engine.scheduler import Key, RowPlan, StepPlan, StepResult
 from tests.engine_case import EngineCase, load_tiny, read_peft
 from tests.tiny_base import VOCAB, Oracle, save_random, tiny_config
 
@@ -376,9 +376,9 @@ class Poisoned:
             for tensor in cache:
                 for r in hit:
                     tensor[r.row] = float("nan")
-            from serving.engine.scheduler import Sampled
+            from serving.engine.plan import Sampled
 
-            return StepResult({**result.sampled, **{r.key: Sampled(fault="planted") for r in hit if r.sample}})
+            return StepResult({**result.sampled, **{r.row: Sampled(fault="planted") for r in hit if r.sample}})
         return self._runner.run(plan)
 
     def install(self, slot: int, adapter: HostAdapter) -> None:

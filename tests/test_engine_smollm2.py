@@ -12,10 +12,10 @@ from adapters.home import Home
 from adapters.prompts import Message, Renderer
 from adapters.records import PromptFormat
 from adapters.registry import Registry
+from serving.engine.plan import Key, RowPlan, StepPlan
 from serving.engine.reading import load_decoder
 from serving.engine.request import Sampling
 from serving.engine.runner import DecoderRunner, make_slots
-from serving.engine.scheduler import Key, RowPlan, StepPlan
 from tests.engine_case import DEVICE, EngineCase, load_tiny, read_peft
 from tests.tiny_base import Oracle, save_adapter
 

@@ -39,15 +39,15 @@ def _pull(folder: Path, home: Home, registry: Registry) -> BaseRecord:
 
 
 def _other_family(folder: Path) -> Path:
-    return write_base(folder, config={**CONFIG, "model_type": "mistral", "architectures": ["MistralForCausalLM"]})
+    return write_base(folder, config={**CONFIG, "model_type": "granite", "architectures": ["GraniteForCausalLM"]})
 
 
 def test_folder_of_a_family_that_no_runner_computes_does_not_become_the_default_base(
     home: Home, registry: Registry, tmp_path: Path
 ) -> None:
     """The refusal came after the pull: the home's first base was then one that every later `serve` refused."""
-    with pytest.raises(BaseUnsupported, match="mistral"):
-        find_base(str(_other_family(tmp_path / "mistral")), home, registry)
+    with pytest.raises(BaseUnsupported, match="granite"):
+        find_base(str(_other_family(tmp_path / "granite")), home, registry)
     assert registry.bases() == []
     assert not home.bases.exists()
 
@@ -56,15 +56,15 @@ def test_config_that_hides_its_family_does_not_get_past_the_shelf(
     home: Home, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hub id has no folder to look into: what it turns out to be is asked again before it becomes a row."""
-    folder = _other_family(tmp_path / "mistral")
+    folder = _other_family(tmp_path / "granite")
     monkeypatch.setattr("adapters.bases.download_hub", lambda hub_id, patterns: folder)
-    with pytest.raises(BaseUnsupported, match="mistral"):
+    with pytest.raises(BaseUnsupported, match="granite"):
         find_base("owner/model", home, registry)
     assert registry.bases() == []
 
 
 def test_base_means_the_first_base_that_can_be_served(home: Home, registry: Registry, tmp_path: Path) -> None:
-    _pull(_other_family(tmp_path / "mistral"), home, registry)
+    _pull(_other_family(tmp_path / "granite"), home, registry)
     with pytest.raises(BaseUnsupported):
         find_base("base", home, registry)
     served = _pull(write_base(tmp_path / "tiny"), home, registry)

@@ -40,15 +40,15 @@ def add_base(home: Home, base: BaseRecord) -> None:
 
 
 def test_a_base_that_no_runner_computes_is_refused_before_training(case: TrainCase, prepare: Prepare) -> None:
-    add_base(case.home, base_record("other", family="gpt2"))
-    with pytest.raises(BaseUnsupported, match="gpt2"):
+    add_base(case.home, base_record("other", family="phi3"))
+    with pytest.raises(BaseUnsupported, match="phi3"):
         prepare("base=other")
 
 
 def test_base_means_to_training_what_it_means_to_serving(tmp_path: Path, tiny_base: Path) -> None:
     """Train took a base of a well-known name, serve the first one added; now it is the first that can be served."""
     home = Home.find(tmp_path / "home")
-    add_base(home, base_record("first", family="gpt2"))
+    add_base(home, base_record("first", family="phi3"))
     case = train_case(tmp_path, tiny_base)
     add_base(home, base_record("smollm2-135m"))
     door = case.door()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from serving.engine.memory import lazy_zeros
-from serving.engine.scheduler import RowPlan
+from serving.engine.plan import RowPlan
 
 _BLOCK = 16  # positions that the kernels keep together
 # The CPU's attention in torch rounds differently for different numbers of keys and chunk lengths. With these paddings

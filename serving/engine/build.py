@@ -45,6 +45,7 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
         prefill_chunk_alone=config.prefill_chunk_alone,
         patience_s=config.patience_s,
         max_answer_len=max_answer_len,
+        prefix_reuse=config.prefix_reuse,
     )
     scheduler = Scheduler(limits, rows, slots, host, frozenset(base.stop_token_ids))
     facts = EngineFacts(

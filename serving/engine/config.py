@@ -40,6 +40,7 @@ class EngineConfig:
     probe_after_s: float = 5.0
     negative_cache_s: float = 5.0
     patience_s: float = 2.0
+    prefix_reuse: bool = True
     replica: str = field(default="")
 
     def __post_init__(self) -> None:

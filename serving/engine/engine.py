@@ -11,9 +11,10 @@ import msgspec
 import structlog
 
 from serving.engine.kv import RowTable
+from serving.engine.plan import Key, Outgoing, Sampled, StepPlan, StepResult
 from serving.engine.request import Cancel, EngineFacts, Heartbeat, SlotState, Submit
 from serving.engine.runner import Runner
-from serving.engine.scheduler import Key, Outgoing, Sampled, Scheduler, StepPlan, StepResult
+from serving.engine.scheduler import Scheduler
 from serving.engine.slots import Placement, SlotTable
 from serving.loader import HostTier
 
@@ -119,6 +120,8 @@ class Engine:
             load_seconds=dict(self._host.counts.seconds),
             evictions=self._slots.evictions,
             queue_limit=self._queue_limit,
+            prompt_tokens=s.prompt_tokens,
+            reused_tokens=s.reused_tokens,
         )
 
     def step(self) -> bool:
@@ -132,6 +135,8 @@ class Engine:
         for digest, placement in installs:
             out += self._install(digest, placement)
         plan = self._scheduler.plan()
+        for copy in plan.copies:
+            self._runner.copy(copy)
         if plan.rows:
             result = self._compute(plan)
             done = self._now()
@@ -177,7 +182,7 @@ class Engine:
             return self._alone(plan)
 
     def _alone(self, plan: StepPlan) -> StepResult:
-        sampled: dict[Key, Sampled] = {}
+        sampled: dict[int, Sampled] = {}
         scrub = plan.scrub
         for row in plan.rows:
             try:
@@ -185,7 +190,7 @@ class Engine:
                 scrub = ()
             except Exception as error:
                 _log.exception("row_failed", error=type(error).__name__)
-                sampled[row.key] = Sampled(fault="The engine could not compute this request.")
+                sampled[row.row] = Sampled(fault="The engine could not compute this request.")
         return StepResult(sampled)
 
     def _run(self) -> None:

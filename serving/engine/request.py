@@ -56,6 +56,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
     choice: which of the n answers of a request this is; it is part of the random key.
     deadline_s: seconds from receipt after which the engine fails the sequence with `deadline_exceeded`.
+    salt: the tenant; computed prefixes never pass from one to another. reuse False: compute the whole prompt.
     """
 
     id: int
@@ -64,6 +65,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     adapter: str | None = None
     choice: int = 0
     deadline_s: float = 600.0
+    salt: str = ""
+    reuse: bool = True
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -86,13 +89,17 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Timing(msgspec.Struct, frozen=True):
-    """Where a sequence's time went, in seconds. `source`: which tier the adapter came from."""
+    """Where a sequence's time went, in seconds. `source`: which tier the adapter came from.
+
+    reused: prompt tokens whose keys and values were there already.
+    """
 
     queue_s: float = 0.0
     load_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     source: str = "device"
+    reused: int = 0
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -135,7 +142,8 @@ class SlotState(msgspec.Struct, frozen=True):
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """An engine's condition, about once a second.
 
-    idle_s: seconds since a token was decoded or an idle probe passed. Counters only grow until the engine restarts.
+    idle_s: seconds since a token was decoded or an idle probe passed. Counters only grow until the engine restarts;
+    prompt_tokens: of all prompts that were begun; reused_tokens: how many of these lay in the cache already.
     """
 
     running: int
@@ -156,6 +164,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     load_seconds: dict[str, float]
     evictions: int
     queue_limit: int
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from serving.engine.attention import make_cache
+from serving.engine.kv import Copy
 from serving.engine.lora import HostAdapter, Slots, StackedSlots
 from serving.engine.model import SITES_PER_LAYER, Decoder
 from serving.engine.packed import PackedSlots, packable
+from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan, StepResult
 from serving.engine.request import Sampling
 from serving.engine.sampling import sample
-from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan, StepResult
 from serving.engine.seq2seq import EncoderDecoder
 
 _PROBE = Key((-1, -1))
@@ -28,6 +29,9 @@ class Runner(Protocol):
 
     def install(self, slot: int, adapter: HostAdapter) -> None:
         """Put an adapter into a slot, between two steps."""
+
+    def copy(self, copy: Copy) -> None:
+        """Give a row the beginning of another, between two steps."""
 
     def probe(self) -> bool:
         """Compute one base token on a spare row; whether it came out finite."""
@@ -48,10 +52,14 @@ class DecoderRunner:
         """See Runner. Raises ValueError when the adapter's rank exceeds the slots' limit."""
         self._slots.install(slot, adapter)
 
+    def copy(self, copy: Copy) -> None:
+        """See Runner."""
+        self._cache.copy(*copy)
+
     def probe(self) -> bool:
         """See Runner."""
         row = RowPlan(_PROBE, self._probe_row, NO_SLOT, 0, (0,), True, Sampling(max_tokens=1, temperature=0.0), 0, 0)
-        return self.run(StepPlan((row,))).sampled[_PROBE].fault is None
+        return self.run(StepPlan((row,))).sampled[self._probe_row].fault is None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -64,7 +72,7 @@ class DecoderRunner:
         if wanted:
             at = torch.tensor([r.row for r in wanted], device=self._d.device)
             self._last[at] = torch.tensor([s.token for s in sampled], device=self._d.device)
-        return StepResult({row.key: s for row, s in zip(wanted, sampled, strict=True)})
+        return StepResult({row.row: s for row, s in zip(wanted, sampled, strict=True)})
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:

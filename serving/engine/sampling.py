@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from serving.engine.plan import RowPlan, Sampled
 from serving.engine.request import Sampling, TokenLogprob
-from serving.engine.scheduler import RowPlan, Sampled
 
 # The most likely tokens that top_p and min_p look at before the whole vocabulary is sorted.
 _HEAD = 1024

@@ -7,148 +7,14 @@ no slot is free, waits aside while younger ones go on. To keep that fair, once s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from serving.engine.kv import RowTable
-from serving.engine.request import (
-    Event,
-    Failed,
-    Finished,
-    FinishReason,
-    Sampling,
-    State,
-    Submit,
-    Timing,
-    TokenLogprob,
-    Tokens,
-    answer_room,
-)
+from serving.engine.kv import MIN_SHARED, Copy, RowTable, shared_prefix
+from serving.engine.plan import NO_SLOT, Key, Load, Loader, Outgoing, RowPlan, Sampled, StepPlan, StepResult
+from serving.engine.request import Event, Failed, Finished, FinishReason, State, Submit, Tokens, answer_room
+from serving.engine.sequence import Sequence
 from serving.engine.slots import NoSlotFree, Placement, SlotTable
-
-NO_SLOT = 0
-
-
-class Key(tuple[int, int]):
-    """(gateway connection, id): what names a sequence inside an engine."""
-
-    __slots__ = ()
-
-
-Outgoing = tuple[Key, Event]
-
-
-class Load(Enum):
-    """Where an adapter's tensors are, as far as admission cares."""
-
-    READY = "ready"
-    LOADING = "loading"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class LoadState:
-    """The loader's answer. failure: (code, message) when FAILED. source: the tier it came from, for the timing."""
-
-    load: Load
-    failure: tuple[str, str] = ("", "")
-    source: str = "host"
-
-
-class Loader(Protocol):
-    """The host tier as admission sees it."""
-
-    def want(self, digest: str) -> LoadState:
-        """Start loading if need be; never blocks."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowPlan:
-    """One row's part of a step.
-
-    tokens: prompt tokens to compute at positions start, start+1, ...; empty for a decode row, whose one input is the
-    token the runner sampled last for this row (so that a device may run one step ahead of the host).
-    sample: whether the row yields a token. position: index of that token in the answer, part of the random key.
-    """
-
-    key: Key
-    row: int
-    slot: int
-    start: int
-    tokens: tuple[int, ...]
-    sample: bool
-    sampling: Sampling
-    choice: int
-    position: int
-    ban: tuple[int, ...] = ()
-    prompt: tuple[int, ...] = ()
-    output: tuple[int, ...] = ()
-
-    @property
-    def length(self) -> int:
-        """How many tokens this row computes."""
-        return len(self.tokens) or 1
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """A step, fully described. scrub: rows whose cache must be zeroed first, since a fault left rubbish there."""
-
-    rows: tuple[RowPlan, ...]
-    scrub: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A row's new token, or the reason why it has none."""
-
-    token: int = -1
-    logprob: TokenLogprob | None = None
-    fault: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What the runner gives back: one entry for each row that was to sample, and for each row that failed."""
-
-    sampled: Mapping[Key, Sampled]
-
-
-@dataclass(slots=True)
-class Sequence:
-    """A submitted sequence and where it stands. Only the scheduler changes it."""
-
-    key: Key
-    submit: Submit
-    arrived_at: float
-    state: State = State.WAITING
-    row: int = -1
-    computed: int = 0
-    output: list[int] = field(default_factory=list)
-    slot_wait_since: float | None = None
-    loaded_at: float | None = None
-    admitted_at: float = 0.0
-    first_token_at: float = 0.0
-    source: str = "device"
-
-    @property
-    def adapter(self) -> str | None:
-        return self.submit.adapter
-
-    def timing(self, now: float) -> Timing:
-        """Seconds spent so far, by phase."""
-        admitted = self.admitted_at or now
-        loaded = min(self.loaded_at or self.arrived_at, admitted)
-        first = self.first_token_at or now
-        return Timing(
-            queue_s=max(0.0, admitted - loaded),
-            load_s=max(0.0, loaded - self.arrived_at),
-            prefill_s=max(0.0, first - admitted),
-            decode_s=max(0.0, now - first),
-            source=self.source,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +22,7 @@ class Limits:
     """The figures that bound a scheduler. prefill_chunk: prompt tokens a step while others decode.
 
     max_answer_len: of an encoder-decoder (see EngineFacts), whose prompts are computed whole; else 0.
+    prefix_reuse: whether a prompt may start behind what another of its scope has computed already.
     """
 
     max_model_len: int
@@ -164,6 +31,7 @@ class Limits:
     prefill_chunk_alone: int
     patience_s: float = 2.0
     max_answer_len: int = 0
+    prefix_reuse: bool = True
 
 
 class Scheduler:
@@ -174,6 +42,8 @@ class Scheduler:
         self._waiting: dict[Key, Sequence] = {}
         self._running: dict[Key, Sequence] = {}
         self._tainted: list[int] = []
+        self._copies: list[Copy] = []
+        self.prompt_tokens = self.reused_tokens = 0
 
     @property
     def waiting(self) -> int:
@@ -278,11 +148,32 @@ class Scheduler:
         return installs, events
 
     def _start(self, sequence: Sequence, now: float) -> None:
-        sequence.row = self._rows.acquire()
+        lease = self._rows.acquire(sequence.scope if self._reuses(sequence) else None, sequence.submit.prompt)
+        sequence.row, sequence.computed, sequence.reused = lease.row, lease.reused, lease.reused
+        if lease.source is not None and lease.source != lease.row:
+            self._copies.append(Copy(lease.source, lease.row, lease.reused))
         sequence.admitted_at = now
         sequence.state = State.PREFILL
         del self._waiting[sequence.key]
         self._running[sequence.key] = sequence
+
+    def _reuses(self, sequence: Sequence) -> bool:
+        limits = self._limits
+        return limits.prefix_reuse and sequence.submit.reuse and not limits.max_answer_len
+
+    def _share(self, sequence: Sequence) -> None:
+        """Before a prompt's first chunk: start behind what a running sequence of its scope has computed, if more."""
+        prompt = sequence.submit.prompt
+        if self._reuses(sequence) and sequence.computed == sequence.reused:
+            for other in self._running.values():
+                if other is not sequence and other.computed > sequence.reused and other.scope == sequence.scope:
+                    shared = min(shared_prefix(other.context, prompt), len(prompt) - 1)
+                    if shared >= sequence.reused + MIN_SHARED:
+                        self._copies.append(Copy(other.row, sequence.row, shared))
+                        sequence.computed = sequence.reused = shared
+        if sequence.computed == sequence.reused:
+            self.prompt_tokens += len(prompt)
+            self.reused_tokens += sequence.reused
 
     def plan(self) -> StepPlan:
         """The next step: a token for every decoding row, and prompt chunks within the budget."""
@@ -292,12 +183,14 @@ class Scheduler:
             if budget <= 0:
                 break
             if sequence.state is State.PREFILL:
+                self._share(sequence)
                 row = self._prefill_row(sequence, budget)
                 budget -= row.length
                 rows.append(row)
         scrub, self._tainted = tuple(self._tainted), []
+        copies, self._copies = tuple(self._copies), []
         # Decode rows first and by cache row: the runner reads the cache as one prefix.
-        return StepPlan(tuple(sorted(rows, key=lambda r: (bool(r.tokens), r.row))), scrub)
+        return StepPlan(tuple(sorted(rows, key=lambda r: (bool(r.tokens), r.row))), scrub, copies)
 
     def _decode_row(self, sequence: Sequence) -> RowPlan:
         return self._row(sequence, start=sequence.computed, tokens=(), sample=True)
@@ -340,7 +233,7 @@ class Scheduler:
             sequence = self._running.get(row.key)
             if sequence is None:  # cancelled while the step ran
                 continue
-            sampled = result.sampled.get(row.key)
+            sampled = result.sampled.get(row.row)
             if sampled is not None and sampled.fault is not None:
                 self._tainted.append(sequence.row)
                 events.append((row.key, self._fail(sequence, "engine_fault", sampled.fault)))
@@ -391,7 +284,12 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.key]
-        self._rows.release(sequence.row)
+        if sequence.state is State.PREFILL and sequence.computed > sequence.reused:
+            self._tainted.append(sequence.row)  # nobody has seen yet whether these numbers are finite
+        if sequence.row in self._tainted or not self._reuses(sequence):
+            self._rows.release(sequence.row)
+        else:
+            self._rows.release(sequence.row, sequence.scope, sequence.context)
         if sequence.adapter is not None:
             self._slots.release(sequence.adapter)
         sequence.state = State.FINISHED

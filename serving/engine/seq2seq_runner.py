@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from serving.engine.kv import Copy
 from serving.engine.lora import HostAdapter, Slots
 from serving.engine.memory import lazy_zeros
 from serving.engine.ops import Norm
+from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan, StepResult
 from serving.engine.request import Sampling
 from serving.engine.sampling import sample
-from serving.engine.scheduler import NO_SLOT, Key, RowPlan, StepPlan, StepResult
 from serving.engine.seq2seq import Block, EncoderDecoder, Linear, Stack, tokens_of
 
 _PROBE = Key((-1, -1))
@@ -44,10 +45,20 @@ class Seq2SeqRunner:
         """See Runner. Raises ValueError when the adapter's rank exceeds the slots' limit."""
         self._slots.install(slot, adapter)
 
+    def copy(self, copy: Copy) -> None:
+        """See Runner. What was read goes along; length counts what was written."""
+        source, target, length = copy
+        for cache in (*self._keys, *self._values):
+            cache[target, :, :length] = cache[source, :, :length]
+        for cache in (*self._cross_keys, *self._cross_values):
+            cache[target, :, : self._read[source]] = cache[source, :, : self._read[source]]
+        self._read[target], self._written[target] = self._read[source], length
+        self._last[target] = self._last[source]
+
     def probe(self) -> bool:
         """See Runner."""
         row = RowPlan(_PROBE, self._probe_row, NO_SLOT, 0, (0,), True, Sampling(max_tokens=1, temperature=0.0), 0, 0)
-        return self.run(StepPlan((row,))).sampled[_PROBE].fault is None
+        return self.run(StepPlan((row,))).sampled[self._probe_row].fault is None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -58,7 +69,7 @@ class Seq2SeqRunner:
         sampled = sample(self.logits(plan), plan.rows)
         for row, found in zip(plan.rows, sampled, strict=True):
             self._last[row.row] = found.token
-        return StepResult({row.key: s for row, s in zip(plan.rows, sampled, strict=True)})
+        return StepResult({row.row: s for row, s in zip(plan.rows, sampled, strict=True)})
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:

@@ -1,0 +1,102 @@
+"""What passes between scheduler, loader and runner: a step as data, and what came of it. No tensors, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from serving.engine.kv import Copy
+from serving.engine.request import Event, Sampling, TokenLogprob
+
+NO_SLOT = 0
+
+
+class Key(tuple[int, int]):
+    """(gateway connection, id): what names a sequence inside an engine."""
+
+    __slots__ = ()
+
+
+Outgoing = tuple[Key, Event]
+
+
+class Load(Enum):
+    """Where an adapter's tensors are, as far as admission cares."""
+
+    READY = "ready"
+    LOADING = "loading"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """The loader's answer. failure: (code, message) when FAILED. source: the tier it came from, for the timing."""
+
+    load: Load
+    failure: tuple[str, str] = ("", "")
+    source: str = "host"
+
+
+class Loader(Protocol):
+    """The host tier as admission sees it."""
+
+    def want(self, digest: str) -> LoadState:
+        """Start loading if need be; never blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """One row's part of a step.
+
+    tokens: prompt tokens to compute at positions start, start+1, ...; empty for a decode row, whose one input is the
+    token the runner sampled last for this row (so that a device may run one step ahead of the host).
+    sample: whether the row yields a token. position: index of that token in the answer, part of the random key.
+    """
+
+    key: Key
+    row: int
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    sample: bool
+    sampling: Sampling
+    choice: int
+    position: int
+    ban: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """How many tokens this row computes."""
+        return len(self.tokens) or 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """A step, fully described. scrub: rows whose cache must be zeroed first, since a fault left rubbish there.
+
+    copies: prefixes to copy between rows before the run, in this order, once.
+    """
+
+    rows: tuple[RowPlan, ...]
+    scrub: tuple[int, ...] = ()
+    copies: tuple[Copy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A row's new token, or the reason why it has none."""
+
+    token: int = -1
+    logprob: TokenLogprob | None = None
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the runner gives back: by cache row, one entry for each row that was to sample or that failed."""
+
+    sampled: Mapping[int, Sampled]

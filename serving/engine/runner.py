@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from serving.engine.sampling import sample
 from serving.engine.seq2seq import EncoderDecoder
 
 _PROBE = Key((-1, -1))
+_Lora = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Runner(Protocol):
@@ -77,10 +78,14 @@ class DecoderRunner:
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
         """(sampling rows, vocabulary): the forward pass of a step, keys and values written to the cache."""
-        d, ops, cache, rows = self._d, self._d.ops, self._cache, plan.rows
-        cache.begin(rows)
+        rows = plan.rows
+        self._cache.begin(rows)
         lora = self._add if self._slots.begin([r.slot for r in rows for _ in range(r.length)]) else _nothing
-        x = self._embed(rows)
+        return self._head(self._layers(self._embed(rows), lora)[self._sampling_tokens(rows)])
+
+    def _layers(self, x: Tensor, lora: _Lora) -> Tensor:
+        """(T, width) -> (T, width): embeddings to what the head reads. x is overwritten."""
+        d, ops, cache = self._d, self._d.ops, self._cache
         h = ops.norm(x, d.layers[0].attention_norm)
         norms = [*(layer.attention_norm for layer in d.layers[1:]), d.norm]
         for index, (layer, next_norm) in enumerate(zip(d.layers, norms, strict=True)):
@@ -91,7 +96,11 @@ class DecoderRunner:
             mixed = ops.activate(lora(site + 2, h, layer.up(h)), d.activation)
             y = lora(site + 3, mixed, layer.down(mixed))
             h = ops.add_norm(x, ops.maybe_norm(y, layer.mixed_norm), next_norm)
-        logits = d.head(h[self._sampling_tokens(rows)])
+        return h
+
+    def _head(self, h: Tensor) -> Tensor:
+        d = self._d
+        logits = d.head(h)
         return logits if not d.logit_cap else d.logit_cap * torch.tanh(logits / d.logit_cap)
 
     def _add(self, site: int, x: Tensor, y: Tensor) -> Tensor:

@@ -26,11 +26,11 @@ def packs(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class FrozenLinear:
-    """x @ weight.T + bias. weight: (out, in); it is released once packed."""
+    """x @ weight.T + bias. weight: (out, in); it is released once packed. bias: (out,) or None."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
-        self._bias = None if bias is None else bias.detach()
+        self.bias = None if bias is None else bias.detach()
         self._packed = packs(weight.dtype, weight.device)
         weight = weight.detach().contiguous()
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS) if self._packed else weight
@@ -41,6 +41,6 @@ class FrozenLinear:
             # A lone row goes another way through oneDNN and rounds differently; two rows go the way of all other
             # counts, and a row's result then does not depend on its batch.
             rows = x.expand(2, -1).contiguous() if x.shape[0] == 1 else x
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self.bias, "none", [], "")
             return y[: x.shape[0]]
-        return F.linear(x, self._weight, self._bias)
+        return F.linear(x, self._weight, self.bias)

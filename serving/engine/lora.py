@@ -7,7 +7,7 @@ masked products, here, in torch alone; and each adapter packed for the kernels, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -19,20 +19,52 @@ RANK_BUCKETS = (8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """The low-rank update of the embedding or of the head, the scale folded into b.
+
+    Of the embedding, a: (vocab, r), b: (r, width); of the head, a: (r, width), b: (r, vocab). gain: (out,) in float32,
+    DoRA's factor of what the base gives, folded into b too; or None.
+    """
+
+    a: Tensor
+    b: Tensor
+    gain: Tensor | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return _bytes(self.a, self.b) + (0 if self.gain is None else _bytes(self.gain))
+
+    def to(self, device: torch.device) -> End:
+        """The same on a device; on its own device the very tensors."""
+        return End(self.a.to(device), self.b.to(device), None if self.gain is None else self.gain.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class HostAdapter:
     """An adapter's tensors on the host, verified and ready to install.
 
-    pairs: module path -> (a, b); a: (r, in), b: (r, out) with alpha/r (or alpha/sqrt(r)) folded in.
+    pairs: module path -> (a, b); a: (r, in), b: (r, out) with alpha/r (or alpha/sqrt(r)) folded in. gains: module path
+    -> (out,) in float32, what DoRA multiplies the base's product with (the bias not), folded into b too. pairs and
+    gains are of the sites' modules; embedding and head have a form of their own.
     """
 
     digest: str
     rank: int
     pairs: Mapping[str, tuple[Tensor, Tensor]]
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
+    embedding: End | None = None
+    head: End | None = None
 
     @property
     def size_bytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(t.numel() * t.element_size() for pair in self.pairs.values() for t in pair)
+        ends = sum(end.size_bytes for end in (self.embedding, self.head) if end is not None)
+        return ends + _bytes(*self.gains.values()) + sum(_bytes(*pair) for pair in self.pairs.values())
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,8 @@ def pack(sites: Sequence[Site], adapter: HostAdapter) -> tuple[Tensor, Tensor]:
             fields[at : at + _MODULE_FIELDS] = torch.tensor([end, first, rank, sum(site.widths[:m]), out])
             end += parts[-1].numel()
             first += rank
-    return torch.cat(parts).to(torch.bfloat16), offsets
+    flat = torch.cat(parts) if parts else torch.zeros(0)  # an adapter of the embedding or the head alone
+    return flat.to(torch.bfloat16), offsets
 
 
 def _even(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.attention import make_cache
+from serving.engine.extras import Extras
 from serving.engine.kv import Copy
 from serving.engine.lora import HostAdapter, Slots, StackedSlots
 from serving.engine.model import SITES_PER_LAYER, Decoder
@@ -44,6 +45,8 @@ class DecoderRunner:
     def __init__(self, decoder: Decoder, rows: int, slots: Slots) -> None:
         self._d = decoder
         self._slots = slots
+        biases = [p.bias for layer in decoder.layers for p in (layer.qkv, layer.out, layer.up, layer.down)]
+        self._extras = Extras(decoder.sites, biases, decoder.device)
         self._probe_row = rows  # one row more than is given out
         layers = [layer.heads for layer in decoder.layers]
         self._cache = make_cache(layers, rows + 1, decoder.max_model_len, decoder.embedding, decoder.ops.kernels)
@@ -52,6 +55,7 @@ class DecoderRunner:
     def install(self, slot: int, adapter: HostAdapter) -> None:
         """See Runner. Raises ValueError when the adapter's rank exceeds the slots' limit."""
         self._slots.install(slot, adapter)
+        self._extras.install(slot, adapter)
 
     def copy(self, copy: Copy) -> None:
         """See Runner."""
@@ -80,8 +84,11 @@ class DecoderRunner:
         """(sampling rows, vocabulary): the forward pass of a step, keys and values written to the cache."""
         rows = plan.rows
         self._cache.begin(rows)
-        lora = self._add if self._slots.begin([r.slot for r in rows for _ in range(r.length)]) else _nothing
-        return self._head(self._layers(self._embed(rows), lora)[self._sampling_tokens(rows)])
+        slots = [r.slot for r in rows for _ in range(r.length)]
+        lora = self._add if self._slots.begin(slots) else _nothing
+        self._extras.begin(slots)
+        h = self._layers(self._embed(rows), lora)[self._sampling_tokens(rows)]
+        return self._head(h, [r.slot for r in rows if r.sample])
 
     def _layers(self, x: Tensor, lora: _Lora) -> Tensor:
         """(T, width) -> (T, width): embeddings to what the head reads. x is overwritten."""
@@ -98,19 +105,24 @@ class DecoderRunner:
             h = ops.add_norm(x, ops.maybe_norm(y, layer.mixed_norm), next_norm)
         return h
 
-    def _head(self, h: Tensor) -> Tensor:
+    def _head(self, h: Tensor, slots: Sequence[int]) -> Tensor:
+        """(rows, vocabulary) for rows with these slots."""
         d = self._d
         logits = d.head(h)
+        self._extras.head(h, logits, slots)
         return logits if not d.logit_cap else d.logit_cap * torch.tanh(logits / d.logit_cap)
 
     def _add(self, site: int, x: Tensor, y: Tensor) -> Tensor:
+        self._extras.gain(site, y)  # DoRA scales what the base gives, before the update is added
         self._slots.add(site, x, y)
         return y
 
     def _embed(self, rows: Sequence[RowPlan]) -> Tensor:
         """(T, width): what the first layer reads, of the step's flat tokens."""
         d = self._d
-        x = d.embedding[self._tokens(rows)]
+        tokens = self._tokens(rows)
+        x = d.embedding[tokens]
+        self._extras.embed(x, tokens)
         if d.embedding_scale != 1.0:
             x = x * torch.tensor(d.embedding_scale, dtype=d.dtype)  # rounded first, as the families do
         if d.positions is not None:

@@ -44,6 +44,11 @@ class Block:
     cross_kv: Linear | None = None
     cross_out: Linear | None = None
 
+    def linears(self) -> list[Linear]:
+        """Its linears, whatever their order."""
+        every = (self.qkv, self.out, self.cross_q, self.cross_kv, self.cross_out, self.up, self.down)
+        return [linear for linear in every if linear is not None]
+
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -83,6 +88,15 @@ class EncoderDecoder:
     stop_token_ids: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+    def site_biases(self) -> list[Tensor | None]:
+        """The bias of each site's fused linear, in the order of the sites."""
+        found = {
+            linear.site: linear.product.bias
+            for block in (*self.encoder.blocks, *self.decoder.blocks)
+            for linear in block.linears()
+        }
+        return [found[site] for site in range(len(self.sites))]
 
 
 def load_encoder_decoder(folder: Path, dtype: torch.dtype, device: torch.device, max_model_len: int) -> EncoderDecoder:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from serving.engine.extras import Extras
 from serving.engine.kv import Copy
 from serving.engine.lora import HostAdapter, Slots
 from serving.engine.memory import lazy_zeros
@@ -30,6 +31,7 @@ class Seq2SeqRunner:
 
     def __init__(self, base: EncoderDecoder, rows: int, slots: Slots) -> None:
         self._b, self._slots, self._probe_row = base, slots, rows
+        self._extras = Extras(base.sites, base.site_biases(), base.device)
         count = len(base.decoder.blocks)
 
         def cache(length: int) -> list[Tensor]:
@@ -44,6 +46,7 @@ class Seq2SeqRunner:
     def install(self, slot: int, adapter: HostAdapter) -> None:
         """See Runner. Raises ValueError when the adapter's rank exceeds the slots' limit."""
         self._slots.install(slot, adapter)
+        self._extras.install(slot, adapter)
 
     def copy(self, copy: Copy) -> None:
         """See Runner. What was read goes along; length counts what was written."""
@@ -183,9 +186,11 @@ class Seq2SeqRunner:
         """A linear with the adapters of these flat tokens."""
         if not self._slots.begin(slots):
             return lambda linear, x: linear.product(x)
+        self._extras.begin(slots)
 
         def apply(linear: Linear, x: Tensor) -> Tensor:
             y = linear.product(x)
+            self._extras.gain(linear.site, y)
             self._slots.add(linear.site, x, y)
             return y
 

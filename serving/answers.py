@@ -51,10 +51,11 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens so far: each prompt once, whatever n is."""
+    """Tokens so far: each prompt once, whatever n is. cached_tokens: those of the prompts that were computed before."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class Track:
     last_at: float | None = None
     finish: FinishReason | None = None
     timing: Timing | None = None
+    reused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,8 @@ class Answer:
     @property
     def usage(self) -> Usage:
         """Tokens computed so far."""
-        return Usage(self.head.prompt_tokens, sum(s.text.num_tokens for s in self.sequences))
+        cached = sum(s.reused for s in self.sequences if s.index % self.head.n == 0)
+        return Usage(self.head.prompt_tokens, sum(s.text.num_tokens for s in self.sequences), cached)
 
     async def begin(self) -> None:
         """Start the sequences and wait for the first token.
@@ -263,6 +266,8 @@ class Answer:
             return None
         if isinstance(note, Tokens):
             self._clock(sequence)
+            if note.timing is not None:
+                sequence.reused = note.timing.reused
             emission = sequence.text.push(note.ids, note.logprobs)
             if emission.stopped:
                 _stop(sequence)
@@ -270,7 +275,7 @@ class Answer:
             if not emission.text and not emission.tokens:
                 return None
             return Piece(sequence.index, emission.text, emission.tokens)
-        sequence.timing = note.timing
+        sequence.timing, sequence.reused = note.timing, note.timing.reused
         emission = sequence.text.finish()
         return self._finish(sequence, emission, FinishReason.STOP if emission.stopped else note.reason)
 

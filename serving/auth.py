@@ -27,6 +27,11 @@ class Caller:
 
     name: str
 
+    @property
+    def tenant(self) -> str:
+        """What was proven: whose caches this caller may share."""
+        return self.name.rpartition("@")[2]
+
     def named(self, claimed: str | None) -> Caller:
         """The same caller under the name it gives itself, before what proved it; no name, no change."""
         if claimed is None or _CLAIM.fullmatch(claimed) is None:

@@ -30,6 +30,9 @@ def serve(
     max_rank: Annotated[int, typer.Option(min=1, help="Highest LoRA rank that is loaded.")] = 64,
     host_mib: Annotated[int, typer.Option(min=1, help="Host memory for adapters, in MiB.")] = 2048,
     queue: Annotated[int, typer.Option(min=1, help="Sequences that may wait; beyond them 429.")] = 256,
+    prefix_reuse: Annotated[
+        bool, typer.Option(help="Let a prompt start behind what its tenant's adapter has computed already.")
+    ] = True,
     drain: Annotated[int | None, typer.Option(help="Seconds that running requests get to finish at a stop.")] = None,
     home: HomeOption = None,
 ) -> None:
@@ -58,5 +61,6 @@ def serve(
         max_rank=max_rank,
         host_bytes=host_mib << 20,
         queue_limit=queue,
+        prefix_reuse=prefix_reuse,
     )
     raise typer.Exit(start(options))

@@ -14,6 +14,7 @@ class Wishes:
 
     logprobs None: none wanted; otherwise that many alternatives beside the chosen token. logit_bias: token id ->
     -100..100. deadline_s: the caller's own bound in seconds, which can only shorten the server's.
+    tenant: whose computed prefixes may serve this request.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Wishes:
     skip_special_tokens: bool = True
     deadline_s: float | None = None
     request_id: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

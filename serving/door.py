@@ -25,7 +25,13 @@ class EngineDoor(Protocol):
         """Seconds since the last heartbeat (infinite while none is connected)."""
 
     def submit(
-        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None, choice: int, deadline_s: float
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        adapter: str | None,
+        choice: int,
+        deadline_s: float,
+        tenant: str,
     ) -> AsyncIterator[Event]:
         """Generate one sequence. The iterator yields Tokens and then exactly one Finished or Failed, and ends.
 

@@ -144,7 +144,7 @@ class Gateway:
         sequences = [
             Track(
                 index=at * wishes.n + choice,
-                events=self.door.submit(prompt, sampling, target.weights.digest, choice, deadline_s),
+                events=self.door.submit(prompt, sampling, target.weights.digest, choice, deadline_s, wishes.tenant),
                 text=self._text(wishes, fmt, ends),
             )
             for at, prompt in enumerate(prompts)

@@ -212,7 +212,13 @@ class EngineLink:
         return self._now() - self._heartbeat_at
 
     async def submit(
-        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None, choice: int, deadline_s: float
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        adapter: str | None,
+        choice: int,
+        deadline_s: float,
+        tenant: str,
     ) -> AsyncIterator[Event]:
         """See EngineDoor."""
         writer = self._writer
@@ -224,7 +230,7 @@ class EngineLink:
         self._queues[number] = events
         ended = False
         try:
-            writer.write(_pack(Submit(number, tuple(prompt), sampling, adapter, choice, deadline_s)))
+            writer.write(_pack(Submit(number, tuple(prompt), sampling, adapter, choice, deadline_s, tenant)))
             while not ended:
                 event = await events.get()
                 ended = isinstance(event, Finished | Failed)

@@ -263,6 +263,9 @@ class _EngineCollector(Collector):
         }.items():
             limits.add_metric((name,), value)
         yield limits
+        yield CounterMetricFamily("vllm:prefix_cache_queries", "Tokens of prompts begun.", value=beat.prompt_tokens)
+        text = "Prompt tokens that lay in the cache already."
+        yield CounterMetricFamily("vllm:prefix_cache_hits", text, value=beat.reused_tokens)
         yield CounterMetricFamily("engine_steps", "Engine steps.", value=beat.steps)
         yield CounterMetricFamily("engine_tokens", "Tokens produced.", value=beat.tokens)
         yield CounterMetricFamily("adapter_evictions", "Adapters evicted from slots.", value=beat.evictions)

@@ -39,6 +39,7 @@ class ServeOptions:
     max_rank: int
     host_bytes: int
     queue_limit: int
+    prefix_reuse: bool
 
 
 def start(options: ServeOptions) -> int:
@@ -76,6 +77,7 @@ def _engine(options: ServeOptions, home: Home, record: BaseRecord, folder: Path)
         max_rank=options.max_rank,
         host_bytes=options.host_bytes,
         queue_limit=options.queue_limit,
+        prefix_reuse=options.prefix_reuse,
     )
 
 

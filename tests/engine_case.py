@@ -64,6 +64,7 @@ class EngineCase:
         budget_bytes: int = 1 << 30,
         wrap: Callable[[Runner], Runner] = lambda runner: runner,
         patience_s: float = 2.0,
+        prefix_reuse: bool = True,
     ) -> None:
         self.time = 0.0
         self.answers: dict[Key, Answer] = {}
@@ -78,7 +79,7 @@ class EngineCase:
             wake=self._woken.set,
             now=self.now,
         )
-        limits = Limits(MAX_LEN, queue_limit, chunk, 4 * chunk, patience_s)
+        limits = Limits(MAX_LEN, queue_limit, chunk, 4 * chunk, patience_s, prefix_reuse=prefix_reuse)
         self.scheduler = Scheduler(limits, self.rows, self.slots, self.host, frozenset(decoder.stop_token_ids))
         self.runner = wrap(DecoderRunner(decoder, rows, make_slots(decoder, slots, max_rank)))
         facts = EngineFacts("tiny", "0" * 64, "llama", MAX_LEN, rows, slots, max_rank, "float32", "cpu", (2,))

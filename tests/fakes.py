@@ -74,6 +74,7 @@ class Submission:
     adapter: str | None
     choice: int
     deadline_s: float
+    tenant: str = ""
     sent: int = 0
     ended: str = ""  # finished, failed, closed
 
@@ -164,9 +165,15 @@ class FakeEngine:
         return self.heartbeat_age if self.connected else float("inf")
 
     async def submit(
-        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None, choice: int, deadline_s: float
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        adapter: str | None,
+        choice: int,
+        deadline_s: float,
+        tenant: str,
     ) -> AsyncIterator[Event]:
-        submission = Submission(tuple(prompt), sampling, adapter, choice, deadline_s)
+        submission = Submission(tuple(prompt), sampling, adapter, choice, deadline_s, tenant)
         self.submissions.append(submission)
         number = len(self.submissions)
         try:

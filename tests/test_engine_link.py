@@ -83,7 +83,7 @@ async def until(true: object, seconds: float = 20.0) -> None:
 
 async def collect(link: EngineLink, count: int, prompt: tuple[int, ...] = (5, 6, 7)) -> list[Event]:
     sampling = Sampling(max_tokens=count, temperature=0.0, ignore_eos=True)
-    return [event async for event in link.submit(prompt, sampling, None, 0, 60.0)]
+    return [event async for event in link.submit(prompt, sampling, None, 0, 60.0, "")]
 
 
 def test_eight_sequences_over_one_socket_each_end_once(replica: Replica) -> None:
@@ -101,7 +101,7 @@ def test_closing_the_iterator_frees_the_row(replica: Replica) -> None:
     async def scenario() -> None:
         async with connected(replica) as link:
             sampling = Sampling(max_tokens=250, temperature=0.0, ignore_eos=True)
-            stream = link.submit((5, 6, 7), sampling, None, 0, 60.0)
+            stream = link.submit((5, 6, 7), sampling, None, 0, 60.0, "")
             assert isinstance(await anext(stream), Tokens)
             await stream.aclose()  # type: ignore[attr-defined]
             await until(lambda: link.heartbeat is not None and link.heartbeat.running == 0)
@@ -115,7 +115,7 @@ def test_a_dead_engine_ends_its_streams_by_name_and_the_next_one_is_found(replic
     async def scenario(second: Replica) -> None:
         async with connected(replica, second) as link:
             sampling = Sampling(max_tokens=250, temperature=0.0, ignore_eos=True)
-            stream = link.submit((5, 6, 7), sampling, None, 0, 60.0)
+            stream = link.submit((5, 6, 7), sampling, None, 0, 60.0, "")
             assert isinstance(await anext(stream), Tokens)
             replica.link.stop()
             rest = [event async for event in stream]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adapters.errors import AdapterLoadFailed
+from serving.engine.kv import Copy
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.ops import Ops
@@ -371,7 +372,7 @@ class Poisoned:
         if hit and self._mode == "raise":
             raise RuntimeError("planted")
         if hit:
-            cache = self._runner._keys + self._runner._values  # type: ignore[attr-defined]
+            cache = self._runner._cache._keys + self._runner._cache._values  # type: ignore[attr-defined]
             result = self._runner.run(plan)
             for tensor in cache:
                 for r in hit:
@@ -383,6 +384,9 @@ class Poisoned:
 
     def install(self, slot: int, adapter: HostAdapter) -> None:
         self._runner.install(slot, adapter)
+
+    def copy(self, copy: Copy) -> None:
+        self._runner.copy(copy)
 
     def probe(self) -> bool:
         return self._runner.probe()

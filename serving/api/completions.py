@@ -14,7 +14,7 @@ from starlette.responses import Response
 from adapters.prompts import Message
 from serving.answers import Answer, Choice
 from serving.api.documents import ChatCompletion, Completion, documented
-from serving.api.route import unless_gone
+from serving.api.route import caller_of, unless_gone
 from serving.api.schemas import ChatRequest, CompletionRequest, Generation
 from serving.api.services import Services
 from serving.api.sse import EventStream, event
@@ -162,6 +162,7 @@ def _wishes(request: Request, body: Generation, *, max_tokens: int | None, logpr
         # Of a stream it bounds the silence between two chunks, not the whole answer.
         deadline_s=None if body.stream else read_timeout(request.headers.get("x-stainless-read-timeout")),
         request_id=body.request_id or str(request.scope["state"]["request_id"]),
+        tenant=caller_of(request).tenant,
     )
 
 

@@ -66,12 +66,19 @@ def documented(*statuses: int, stream: bool = False) -> dict[int | str, dict[str
     return found
 
 
+class PromptTokensShape(Shape):
+    """What prompt tokens cost."""
+
+    cached_tokens: int
+
+
 class UsageShape(Shape):
     """Tokens of a request."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensShape
 
 
 class Named(Shape):

@@ -12,7 +12,7 @@ import structlog
 
 from serving.engine.kv import RowTable
 from serving.engine.plan import Key, Outgoing, Sampled, StepPlan, StepResult
-from serving.engine.request import Cancel, EngineFacts, Heartbeat, SlotState, Submit
+from serving.engine.request import Cancel, EngineFacts, Heartbeat, SlotState, Submit, TokenLogprob
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import Placement, SlotTable
@@ -183,15 +183,18 @@ class Engine:
 
     def _alone(self, plan: StepPlan) -> StepResult:
         sampled: dict[int, Sampled] = {}
+        scores: dict[int, tuple[TokenLogprob, ...]] = {}
         scrub = plan.scrub
         for row in plan.rows:
             try:
-                sampled.update(self._runner.run(StepPlan((row,), scrub)).sampled)
+                result = self._runner.run(StepPlan((row,), scrub))
+                sampled.update(result.sampled)
+                scores.update(result.scores)
                 scrub = ()
             except Exception as error:
                 _log.exception("row_failed", error=type(error).__name__)
                 sampled[row.row] = Sampled(fault="The engine could not compute this request.")
-        return StepResult(sampled)
+        return StepResult(sampled, scores)
 
     def _run(self) -> None:
         beat_at = self._now()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -53,6 +53,8 @@ class RowPlan:
     tokens: prompt tokens to compute at positions start, start+1, ...; empty for a decode row, whose one input is the
     token the runner sampled last for this row (so that a device may run one step ahead of the host).
     sample: whether the row yields a token. position: index of that token in the answer, part of the random key.
+    targets: where the prompt's log-probabilities are wanted, the token that follows each of `tokens`; the prompt's
+    last token has none. prompt and output are there only where penalties or bans look back.
     """
 
     key: Key
@@ -67,6 +69,7 @@ class RowPlan:
     ban: tuple[int, ...] = ()
     prompt: tuple[int, ...] = ()
     output: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -97,6 +100,10 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the runner gives back: by cache row, one entry for each row that was to sample or that failed."""
+    """What the runner gives back: by cache row, one entry for each row that was to sample or that failed.
+
+    scores: by cache row, log-probabilities of the row's targets.
+    """
 
     sampled: Mapping[int, Sampled]
+    scores: Mapping[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)

@@ -32,7 +32,10 @@ class Sampling(msgspec.Struct, frozen=True):
     """How to choose each next token.
 
     temperature 0 is greedy. top_k 0 and top_p 1 are off. seed: any 64-bit integer; equal seeds give equal tokens,
-    whatever shares the batch. logprobs None: none wanted; 0..20: the chosen token's, and that many alternatives.
+    whatever shares the batch. logprobs None: none wanted; 0..20: the chosen token's, and that many alternatives;
+    prompt_logprobs likewise for each token of the prompt but the first. max_tokens 0 computes the prompt alone.
+    no_repeat_ngram_size 0 is off; else no run of so many tokens comes twice in prompt and answer (of an
+    encoder-decoder, in the answer).
     """
 
     max_tokens: int
@@ -49,6 +52,14 @@ class Sampling(msgspec.Struct, frozen=True):
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    no_repeat_ngram_size: int = 0
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the choice of a token depends on the tokens before it other than through the model."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalties or self.no_repeat_ngram_size)
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -111,6 +122,16 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     timing: Timing | None = None
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
+    """Log-probabilities of the next tokens of a prompt, in order; the first is of the prompt's second token.
+
+    They come in parts, all of them before the sequence's first token.
+    """
+
+    id: int
+    logprobs: tuple[TokenLogprob, ...]
+
+
 class Finished(msgspec.Struct, frozen=True, tag=True):
     """The good ending. Tokens that came with it were sent before, in a Tokens event of the same frame."""
 
@@ -128,7 +149,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     retry_after_s: float | None = None
 
 
-Event = Tokens | Finished | Failed
+Event = Tokens | PromptLogprobs | Finished | Failed
 
 
 class SlotState(msgspec.Struct, frozen=True):

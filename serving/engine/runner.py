@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -15,11 +15,12 @@ from serving.engine.lora import HostAdapter, Slots, StackedSlots
 from serving.engine.model import SITES_PER_LAYER, Decoder
 from serving.engine.packed import PackedSlots, packable
 from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan, StepResult
-from serving.engine.request import Sampling
-from serving.engine.sampling import sample
+from serving.engine.request import Sampling, TokenLogprob
+from serving.engine.sampling import NOT_FINITE, sample, score
 from serving.engine.seq2seq import EncoderDecoder
 
 _PROBE = Key((-1, -1))
+_SCORED = 64  # prompt tokens whose logits are held at a time
 _Lora = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -69,26 +70,54 @@ class DecoderRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """See Runner. Decode rows come first in the plan."""
-        for row in plan.scrub:
-            self._cache.scrub(row)
+        for tainted in plan.scrub:
+            self._cache.scrub(tainted)
         wanted = [row for row in plan.rows if row.sample]
-        logits = self.logits(plan)
-        sampled = sample(logits, wanted) if wanted else []
+        hidden = self._hidden(plan.rows)
+        sampled = sample(self._sampling_logits(plan.rows, hidden), wanted) if wanted else []
         if wanted:
             at = torch.tensor([r.row for r in wanted], device=self._d.device)
             self._last[at] = torch.tensor([s.token for s in sampled], device=self._d.device)
-        return StepResult({row.row: s for row, s in zip(wanted, sampled, strict=True)})
+        found = {row.row: s for row, s in zip(wanted, sampled, strict=True)}
+        scores: dict[int, tuple[TokenLogprob, ...]] = {}
+        for row, own in _parts(plan.rows, hidden):
+            if row.targets:
+                scored = self._score(row, own)
+                if scored is None:
+                    found[row.row] = NOT_FINITE
+                else:
+                    scores[row.row] = tuple(scored)
+        return StepResult(found, scores)
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
         """(sampling rows, vocabulary): the forward pass of a step, keys and values written to the cache."""
-        rows = plan.rows
+        return self._sampling_logits(plan.rows, self._hidden(plan.rows))
+
+    def _hidden(self, rows: Sequence[RowPlan]) -> Tensor:
+        """(T, width): what the head reads, for every flat token of a step."""
         self._cache.begin(rows)
         slots = [r.slot for r in rows for _ in range(r.length)]
         lora = self._add if self._slots.begin(slots) else _nothing
         self._extras.begin(slots)
-        h = self._layers(self._embed(rows), lora)[self._sampling_tokens(rows)]
-        return self._head(h, [r.slot for r in rows if r.sample])
+        return self._layers(self._embed(rows), lora)
+
+    def _sampling_logits(self, rows: Sequence[RowPlan], hidden: Tensor) -> Tensor:
+        return self._head(hidden[self._sampling_tokens(rows)], [r.slot for r in rows if r.sample])
+
+    def _score(self, row: RowPlan, hidden: Tensor) -> list[TokenLogprob] | None:
+        """Log-probabilities of a row's targets; None if something is not finite. hidden: (row's tokens, width)."""
+        top = row.sampling.prompt_logprobs or 0
+        found: list[TokenLogprob] = []
+        # In blocks, for logits of a long prompt would be gigabytes.
+        for first in range(0, len(row.targets), _SCORED):
+            targets = row.targets[first : first + _SCORED]
+            logits = self._head(hidden[first : first + len(targets)], [row.slot] * len(targets))
+            scored = score(logits, targets, top)
+            if scored is None:
+                return None
+            found += scored
+        return found
 
     def _layers(self, x: Tensor, lora: _Lora) -> Tensor:
         """(T, width) -> (T, width): embeddings to what the head reads. x is overwritten."""
@@ -146,6 +175,11 @@ class DecoderRunner:
             if row.sample:
                 found.append(end - 1)
         return torch.tensor(found, dtype=torch.long, device=self._d.device)
+
+
+def _parts(rows: Sequence[RowPlan], hidden: Tensor) -> Iterator[tuple[RowPlan, Tensor]]:
+    """Each row with its own flat tokens."""
+    return zip(rows, hidden.split([row.length for row in rows]), strict=True)
 
 
 def _nothing(site: int, x: Tensor, y: Tensor) -> Tensor:

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 
 from serving.engine.kv import MIN_SHARED, Copy, RowTable, shared_prefix
 from serving.engine.plan import NO_SLOT, Key, Load, Loader, Outgoing, RowPlan, Sampled, StepPlan, StepResult
-from serving.engine.request import Event, Failed, Finished, FinishReason, State, Submit, Tokens, answer_room
+from serving.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    PromptLogprobs,
+    State,
+    Submit,
+    Tokens,
+    answer_room,
+)
 from serving.engine.sequence import Sequence
 from serving.engine.slots import NoSlotFree, Placement, SlotTable
 
@@ -75,7 +85,9 @@ class Scheduler:
         room = answer_room(len(submit.prompt), limits.max_model_len, limits.max_answer_len)
         if not submit.prompt:
             return [Failed(submit.id, "invalid_value", "The prompt is empty.")]
-        if not 1 <= submit.sampling.max_tokens <= room:
+        if limits.max_answer_len and (not submit.sampling.max_tokens or submit.sampling.prompt_logprobs is not None):
+            return [Failed(submit.id, "invalid_value", "An encoder-decoder gives its prompt no log-probabilities.")]
+        if not 0 <= submit.sampling.max_tokens <= room:
             return [
                 Failed(
                     submit.id,
@@ -159,7 +171,10 @@ class Scheduler:
 
     def _reuses(self, sequence: Sequence) -> bool:
         limits = self._limits
-        return limits.prefix_reuse and sequence.submit.reuse and not limits.max_answer_len
+        submit = sequence.submit
+        # Log-probabilities of a prompt need every position of it computed.
+        whole = bool(limits.max_answer_len) or submit.sampling.prompt_logprobs is not None
+        return limits.prefix_reuse and submit.reuse and not whole
 
     def _share(self, sequence: Sequence) -> None:
         """Before a prompt's first chunk: start behind what a running sequence of its scope has computed, if more."""
@@ -187,7 +202,9 @@ class Scheduler:
                 row = self._prefill_row(sequence, budget)
                 budget -= row.length
                 rows.append(row)
-        scrub, self._tainted = tuple(self._tainted), []
+        scrub = tuple(self._tainted) if rows else ()
+        if rows:  # a step without rows is not run, and would lose what must be scrubbed
+            self._tainted = []
         copies, self._copies = tuple(self._copies), []
         # Decode rows first and by cache row: the runner reads the cache as one prefix.
         return StepPlan(tuple(sorted(rows, key=lambda r: (bool(r.tokens), r.row))), scrub, copies)
@@ -198,18 +215,21 @@ class Scheduler:
     def _prefill_row(self, sequence: Sequence, budget: int) -> RowPlan:
         prompt = sequence.submit.prompt
         whole = bool(self._limits.max_answer_len)  # an encoder reads both ways
-        end = len(prompt) if whole else min(len(prompt), sequence.computed + budget)
-        return self._row(sequence, sequence.computed, prompt[sequence.computed : end], sample=end == len(prompt))
+        start, sampling = sequence.computed, sequence.submit.sampling
+        end = len(prompt) if whole else min(len(prompt), start + budget)
+        targets = () if sampling.prompt_logprobs is None else prompt[start + 1 : end + 1]
+        sample = end == len(prompt) and sampling.max_tokens > 0
+        return self._row(sequence, start, prompt[start:end], sample, targets)
 
-    def _row(self, sequence: Sequence, start: int, tokens: tuple[int, ...], sample: bool) -> RowPlan:
+    def _row(
+        self, sequence: Sequence, start: int, tokens: tuple[int, ...], sample: bool, targets: tuple[int, ...] = ()
+    ) -> RowPlan:
         sampling = sequence.submit.sampling
         position = len(sequence.output)
         ban: tuple[int, ...] = ()
         if position < sampling.min_tokens:
             ban = (*self._eos, *sampling.stop_token_ids)
-        penalised = sample and (
-            sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
-        )
+        looks_back = sample and sampling.looks_back
         return RowPlan(
             key=sequence.key,
             row=sequence.row,
@@ -222,8 +242,9 @@ class Scheduler:
             choice=sequence.submit.choice,
             position=position,
             ban=ban,
-            prompt=sequence.submit.prompt if penalised else (),
-            output=tuple(sequence.output) if penalised else (),
+            prompt=sequence.submit.prompt if looks_back else (),
+            output=tuple(sequence.output) if looks_back else (),
+            targets=targets,
         )
 
     def settle(self, plan: StepPlan, result: StepResult, now: float) -> list[Outgoing]:
@@ -239,8 +260,14 @@ class Scheduler:
                 events.append((row.key, self._fail(sequence, "engine_fault", sampled.fault)))
                 continue
             sequence.computed += row.length
+            if row.row in result.scores:
+                events.append((row.key, PromptLogprobs(sequence.submit.id, result.scores[row.row])))
             if sampled is not None:
                 events += [(row.key, event) for event in self._accept(sequence, sampled, now)]
+            elif not sequence.submit.sampling.max_tokens and sequence.computed == len(sequence.submit.prompt):
+                sequence.first_token_at = now
+                self._release(sequence)
+                events.append((row.key, Finished(sequence.submit.id, FinishReason.LENGTH, sequence.timing(now))))
         return events
 
     def _accept(self, sequence: Sequence, sampled: Sampled, now: float) -> Iterator[Event]:
@@ -251,6 +278,9 @@ class Scheduler:
             sequence.first_token_at = now
         asked = sampled.token in sampling.stop_token_ids
         if not asked and sampled.token in self._eos and not sampling.ignore_eos:
+            if sampling.prompt_logprobs is not None and sampled.logprob is not None:
+                # Who scores a prompt counts on an entry for every token: the end of text is told of too.
+                yield Tokens(number, (sampled.token,), (sampled.logprob,), sequence.timing(now))
             self._release(sequence)
             yield Finished(number, FinishReason.STOP, sequence.timing(now))
             return

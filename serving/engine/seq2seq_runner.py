@@ -69,7 +69,7 @@ class Seq2SeqRunner:
         for scrubbed in plan.scrub:
             for cache in (*self._keys, *self._values, *self._cross_keys, *self._cross_values):
                 cache[scrubbed].zero_()
-        sampled = sample(self.logits(plan), plan.rows)
+        sampled = sample(self.logits(plan), plan.rows, self._b.start_token_ids)
         for row, found in zip(plan.rows, sampled, strict=True):
             self._last[row.row] = found.token
         return StepResult({row.row: s for row, s in zip(plan.rows, sampled, strict=True)})

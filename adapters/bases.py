@@ -118,8 +118,8 @@ def describe(
     kept_in: the folder's place relative to the home, as the row says it. Raises BaseUnsupported, ExtraMissing.
     """
     config, model = _skeleton(folder)
-    modules = _linear_modules(model)
-    _check_weights(modules, tensors(folder), str(getattr(model, "base_model_prefix", "")))
+    modules, transposed = _linear_modules(model)
+    _check_weights(modules, transposed, tensors(folder), str(getattr(model, "base_model_prefix", "")))
     positions = next((int(v) for k in _POSITIONS if isinstance(v := getattr(config, k, None), int)), 0)
     return BaseRecord(
         name=name,
@@ -322,27 +322,40 @@ def _skeleton(folder: Path) -> tuple[Any, Any]:
         raise BaseUnsupported(f"transformers cannot build this model: {_first_line(error)}") from error
 
 
-def _linear_modules(model: Any) -> dict[str, tuple[int, int]]:
-    """Every linear module that an adapter may change: path -> (out, in). The output head is not one of them."""
-    torch, _ = _libraries()
+def _linear_modules(model: Any) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:
+    """Every linear module that an adapter may change: path -> (out, in); and those whose weight lies as (in, out).
+
+    The output head is not one of them (`adapters.families.adaptable`).
+    """
+    torch, transformers = _libraries()
+    conv1d = transformers.pytorch_utils.Conv1D  # GPT-2's
     head = model.get_output_embeddings()
-    return {
-        path: (int(module.out_features), int(module.in_features))
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and path.rpartition(".")[2] != "lm_head"
-    }
+    modules: dict[str, tuple[int, int]] = {}
+    transposed: set[str] = set()
+    for path, module in model.named_modules():
+        if module is head or path.rpartition(".")[2] == "lm_head":
+            continue
+        if isinstance(module, torch.nn.Linear):
+            modules[path] = (int(module.out_features), int(module.in_features))
+        elif isinstance(module, conv1d):
+            modules[path] = (int(module.nf), int(module.nx))
+            transposed.add(path)
+    return modules, frozenset(transposed)
 
 
-def _check_weights(modules: dict[str, tuple[int, int]], entries: Sequence[TensorEntry], prefix: str) -> None:
+def _check_weights(
+    modules: dict[str, tuple[int, int]], transposed: frozenset[str], entries: Sequence[TensorEntry], prefix: str
+) -> None:
     """The files must hold the weight of every linear module: half a model must not become a base."""
     shapes = {e.name: e.shape for e in entries}
     for path, shape in modules.items():
         name = f"{path}.weight"
+        expected = shape[::-1] if path in transposed else shape
         # A checkpoint of the bare model leaves the prefix out; transformers adds it when it loads.
         found = shapes.get(name) or shapes.get(name.removeprefix(f"{prefix}."))
-        if found != shape:
+        if found != expected:
             have = "is missing" if found is None else f"has shape {list(found)}"
-            raise BaseUnsupported(f"the weight files do not fit config.json: {name} {have}, expected {list(shape)}")
+            raise BaseUnsupported(f"the weight files do not fit config.json: {name} {have}, expected {list(expected)}")
 
 
 def _libraries() -> tuple[Any, Any]:

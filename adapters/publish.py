@@ -12,10 +12,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.base_weights import BaseWeights
+from adapters.canonical_config import canonical_config
 from adapters.errors import AdapterRefused, Conflict, InvalidRequest, PayloadTooLarge, Reason
+from adapters.families import TRANSPOSED, adaptable, is_end
 from adapters.prompts import prompt_format_from_json, prompt_format_to_json
 from adapters.records import AdapterVersion, BaseRecord, BoundBy, PromptFormat
-from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, canonical_config, parse_spec
+from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, parse_spec
 from adapters.store import BlobStore, Source, Staged
 from adapters.strict_json import canonical, read_strict
 from adapters.weights import CanonicalWeights, canonical_chunks, check_shapes, check_weights, open_weights, size_limit
@@ -24,7 +27,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_FILE = "prompt_format.json"
 MAX_FORMAT_BYTES = 64 << 10
-_EMBEDDINGS = frozenset({"lm_head", "embed_tokens"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?", re.ASCII)
 
 Files = Mapping[str, Path | bytes]
@@ -106,14 +108,16 @@ def prepare(
     store: BlobStore,
     files: Files,
     *,
+    root: Path,
     bases: Sequence[BaseRecord],
     chosen: BaseRecord | None,
     prompt_format: PromptFormat | None,
 ) -> Iterator[Prepared]:
     """Check an adapter against the bases and stage its blobs for as long as the context lasts.
 
-    chosen: the base that the caller named. bases: all that it could belong to, at least one, the default first.
-    prompt_format: in place of the file's. Raises AdapterRefused.
+    root: where the folders of bases lie. chosen: the base that the caller named. bases: all that it could belong to, at
+    least one, the default first. prompt_format: in place of the file's. Raises AdapterRefused; BaseUnsupported when
+    the file carries a copy of the base's weights and the base itself cannot be read.
     """
     _refuse_missing(files)
     with ExitStack() as stack:
@@ -121,18 +125,23 @@ def prepare(
         spec = parse_spec(config)
         # Before a byte of the weights is read: those of another base may be larger than any that fit here.
         bound = bind(spec, bases, chosen)
-        limit = max(size_limit(base.modules) for base in ([bound[0]] if bound else bases))
+        limit = max(_size_limit(base, spec) for base in ([bound[0]] if bound else bases))
         original = _stage_limited(stack, store, files[WEIGHTS_FILE], limit, spec)
         weights = open_weights(original.path)
         base, bound_by = bound or (_by_shape(spec, weights, bases), BoundBy.SHAPE)
-        check_weights(weights, base.modules, spec)
+        modules = adaptable(base)
+        check_weights(weights, modules, spec)
+        _check_transposed(spec, base)
+        _check_copies(weights, base, root)
 
         originals = {CONFIG_FILE: stack.enter_context(store.stage(config)), WEIGHTS_FILE: original}
         if FORMAT_FILE in files:
             data = _small_file(files, FORMAT_FILE, MAX_FORMAT_BYTES)
             originals[FORMAT_FILE] = stack.enter_context(store.stage(data))
             prompt_format = prompt_format or _format_of(data)
-        kept_config = canonical(canonical_config(spec, weights.ranks, sorted(base.modules), base.name))
+        kept_config = canonical(
+            canonical_config(spec, weights.ranks, sorted(modules), base.name, transposed=base.family in TRANSPOSED)
+        )
         if len(kept_config) > MAX_CONFIG_BYTES:
             # Else the engine, or the next registry, would refuse what this one accepted.
             raise AdapterRefused(
@@ -193,7 +202,7 @@ def _by_shape(spec: AdapterSpec, weights: CanonicalWeights, bases: Sequence[Base
     refusals: list[AdapterRefused] = []
     for base in bases:
         try:
-            check_shapes(weights, base.modules, spec)
+            check_shapes(weights, adaptable(base), spec)
             fitting.append(base)
         except AdapterRefused as refusal:
             refusals.append(refusal)
@@ -204,6 +213,39 @@ def _by_shape(spec: AdapterSpec, weights: CanonicalWeights, bases: Sequence[Base
             f"it fits {', '.join(base.name for base in fitting[:5])} by its shapes; say which: --base NAME"
         )
     return fitting[0]
+
+
+def _size_limit(base: BaseRecord, spec: AdapterSpec) -> int:
+    """The most bytes of weights for this base; PEFT saves embedding and head whole beside a LoRA on them."""
+    modules = adaptable(base)
+    targets = spec.target_modules
+    if targets is None or any(is_end(target) for target in targets):
+        return size_limit(modules, [module for module in modules if is_end(module)])
+    return size_limit(modules)
+
+
+def _check_transposed(spec: AdapterSpec, base: BaseRecord) -> None:
+    """PEFT goes by the module's kind and warns; here a config that says what this base is not is refused."""
+    if spec.fan_in_fan_out and base.family not in TRANSPOSED:
+        raise AdapterRefused(
+            Reason.CONFIG_FIELD,
+            f"adapter_config.json: fan_in_fan_out is true, which is for Conv1D bases such as GPT-2, and {base.name} is "
+            f"none; set it to false if the adapter is for this base",
+        )
+
+
+def _check_copies(weights: CanonicalWeights, base: BaseRecord, root: Path) -> None:
+    """What a file carries of the base must be the base's; it is then left out. Shapes were compared before."""
+    if not weights.copies:
+        return
+    held = BaseWeights(root / base.folder)
+    for module, copy in weights.copies.items():
+        if not held.holds(module, copy):
+            raise AdapterRefused(
+                Reason.UNSUPPORTED,
+                f"the file carries {module} whole, and it differs from the one of {base.name}: trained layers are not "
+                f"part of an adapter here; train it as a LoRA, without modules_to_save",
+            )
 
 
 def _answers_to(base: BaseRecord, recorded: str) -> bool:
@@ -269,10 +311,9 @@ def _stage_limited(stack: ExitStack, store: BlobStore, source: Source, limit: in
         return stack.enter_context(store.stage(source, max_bytes=limit))
     except PayloadTooLarge:
         most = f"{WEIGHTS_FILE} has more than {limit} bytes, the most that an adapter can have here"
-        whole = [name for name in spec.target_modules or () if name.rpartition(".")[2] in _EMBEDDINGS]
-        if whole:
-            # PEFT then saves the whole embedding beside the LoRA, which is what makes the file so large.
-            most += f"; target_modules names {', '.join(whole)[:200]}, which cannot be served: train without"
+        if not any(is_end(name) for name in spec.target_modules or ()):
+            # Without a LoRA on them PEFT saves embedding and head when it finds the vocabulary resized.
+            most += "; where it holds the base's embedding, save with save_embedding_layers=False"
         raise AdapterRefused(Reason.TOO_LARGE, most) from None
 
 

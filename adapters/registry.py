@@ -65,12 +65,14 @@ class Registry:
         self,
         database: Database,
         store: BlobStore,
+        root: Path,
         tenant: str = DEFAULT_TENANT,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.store = store
         self.tenant = tenant
         self._database = database
+        self._root = root  # the folders of bases are relative to it
         self._now = now
         self._shelf = Shelf(tenant)
         self._evaluations = Evaluations(database, store, tenant, now)
@@ -79,7 +81,7 @@ class Registry:
     @classmethod
     def open(cls, home: Home, tenant: str = DEFAULT_TENANT) -> Registry:
         """The registry of a home: its tables brought up to date, leftovers of killed writers removed."""
-        return cls(Database(home.database_url), BlobStore(home.blobs), tenant)
+        return cls(Database(home.database_url), BlobStore(home.blobs), home.root, tenant)
 
     def close(self) -> None:
         """Let go of the database."""
@@ -147,7 +149,12 @@ class Registry:
         bases = self.bases()
         default = self._chosen(bases, base or BASE_ID)
         with prepare(
-            self.store, files, bases=bases, chosen=default if base else None, prompt_format=prompt_format
+            self.store,
+            files,
+            root=self._root,
+            bases=bases,
+            chosen=default if base else None,
+            prompt_format=prompt_format,
         ) as prepared:
             with self._database.reads() as connection:
                 known = self._shelf.version_by_digest(connection, name, prepared.digest)

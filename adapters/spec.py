@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -30,7 +29,6 @@ _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal"})
 
 # Features that PEFT has and our forward pass has not, with what their user can do about it.
 _UNSERVED: Mapping[str, str] = {
-    "use_dora": "train without DoRA",
     "use_qalora": "train without QALoRA",
     "use_bdlora": "train without BD-LoRA",
     "lora_bias": "train with lora_bias=False",
@@ -69,6 +67,7 @@ _READ_BY_NAME = frozenset(
         "r",
         "lora_alpha",
         "use_rslora",
+        "use_dora",
         "rank_pattern",
         "alpha_pattern",
         "fan_in_fan_out",
@@ -94,6 +93,7 @@ class AdapterSpec:
     rank: int
     alpha: float
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
@@ -120,6 +120,8 @@ class AdapterSpec:
             return "target_modules"
         if _names(self.excluded, module):
             return "exclude_modules"
+        if self.target_modules is not None and module in self.target_modules:
+            return None  # named in full, lm_head for instance: PEFT then asks for no layer
         if self.layers is not None and _layer_of(module, self.layers_pattern) not in self.layers:
             return "layers_to_transform"
         return None
@@ -150,58 +152,7 @@ def parse_spec(data: bytes) -> AdapterSpec:
     return _Reader(raw).spec()
 
 
-def canonical_config(spec: AdapterSpec, ranks: Mapping[str, int], universe: Sequence[str], base_name: str) -> object:
-    """The adapter_config.json that goes with canonical weights, as JSON values; PEFT loads it.
-
-    ranks: adapted module -> rank; universe: every linear module of the base. Modules are named by the shortest suffixes
-    that hit exactly the adapted ones, so the file stays small and no order of keys matters.
-    """
-    alphas = {module: spec.alpha_of(module) for module in ranks}
-    rank, rank_pattern = _majority(ranks)
-    alpha, alpha_pattern = _majority(alphas)
-    return {
-        "alpha_pattern": {k: _plain(v) for k, v in alpha_pattern.items()},
-        "base_model_name_or_path": base_name,
-        "bias": "none",
-        "fan_in_fan_out": spec.fan_in_fan_out,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": _plain(alpha),
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": rank_pattern,
-        "target_modules": sorted(k for k, hit in shortest_suffixes({m: m in ranks for m in universe}).items() if hit),
-        "task_type": spec.task_type,
-        "use_rslora": spec.use_rslora,
-    }
-
-
 Value = TypeVar("Value", bound=Hashable)
-
-
-def shortest_suffixes(values: Mapping[str, Value]) -> dict[str, Value]:
-    """Dotted suffixes that give each module its value: the shortest on which all modules that share it agree."""
-    agreed: dict[str, set[Value]] = {}
-    for module, value in values.items():
-        for suffix in _suffixes(module):
-            agreed.setdefault(suffix, set()).add(value)
-    return {next(s for s in _suffixes(module) if len(agreed[s]) == 1): value for module, value in values.items()}
-
-
-def _suffixes(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-
-
-def _majority(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
-    """The most common value, and the suffixes of the modules that differ from it."""
-    common = Counter(values.values()).most_common(1)[0][0]
-    return common, {suffix: v for suffix, v in sorted(shortest_suffixes(values).items()) if v != common}
-
-
-def _plain(value: float) -> float | int:
-    return int(value) if value == int(value) else value
 
 
 def _first_match(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
@@ -213,12 +164,12 @@ def _names(suffixes: Sequence[str], module: str) -> bool:
 
 
 def _layer_of(module: str, patterns: Sequence[str]) -> int | None:
-    """The last number in a module's path, or the one behind a component that a pattern names, as PEFT finds it."""
+    """The first number in a module's path, or the one behind the first pattern that is there, as PEFT 0.21 finds it."""
     parts = module.split(".")
-    for at in range(len(parts) - 2, 1 if not patterns else 0, -1):
-        if parts[at].isdecimal() and (not patterns or parts[at - 1] in patterns):
-            return int(parts[at])
-    return None
+    numbers = [at for at in range(1, len(parts) - 1) if parts[at].isdecimal()]
+    if not patterns:
+        return next((int(parts[at]) for at in numbers if at >= 2), None)
+    return next((int(parts[at]) for pattern in patterns for at in numbers if parts[at - 1] == pattern), None)
 
 
 class _Reader:
@@ -250,6 +201,7 @@ class _Reader:
             rank=self._rank("r", self.raw.get("r", 8)),
             alpha=self._alpha("lora_alpha", self.raw.get("lora_alpha", 8)),
             use_rslora=self._flag("use_rslora"),
+            use_dora=self._flag("use_dora"),
             rank_pattern=self._pattern("rank_pattern", self._rank),
             alpha_pattern=self._pattern("alpha_pattern", self._alpha),
             fan_in_fan_out=self._flag("fan_in_fan_out"),

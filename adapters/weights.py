@@ -1,92 +1,52 @@
-"""LoRA weights in safetensors: a strict reader for strangers' files, and the one canonical form that we keep.
-
-The reader caps sizes before it parses, believes nothing it has not counted, and needs numpy only. It never calls the
-safetensors library, which accepts duplicate names, misaligned data and headers that cost gigabytes.
-"""
+"""LoRA weights: what a stranger's file may hold, whether it fits a base, and the one canonical form that we keep."""
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import re
-import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy as np
 
 from adapters.errors import AdapterRefused, Reason
-from adapters.spec import LFS_MAGIC, MAX_SCALE, AdapterSpec
-from adapters.strict_json import read_strict, shown
+from adapters.families import is_embedding, is_end
+from adapters.spec import MAX_SCALE, AdapterSpec
+from adapters.tensor_file import MAX_HEADER_BYTES, Buffer, TensorView, bad_layout, read_tensors, tensor_chunks
 
-MAX_HEADER_BYTES = 1 << 20
-MAX_TENSORS = 4096
 MAX_ABS = 1e4
 MAX_RANK = 64
 
-Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
-Bits: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-
-_ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
-_NUMPY: Mapping[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_INFINITY_BITS: Mapping[str, int] = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 _NAME = re.compile(
-    r"base_model\.model\.(?P<module>[A-Za-z0-9_.-]+)\.lora_(?P<side>[AB])(?:\.default)?\.weight", re.ASCII
+    r"base_model\.model\.(?P<module>[A-Za-z0-9_.-]+)\."
+    r"(?:(?P<linear>lora_[AB])(?:\.default)?\.weight|(?P<bare>lora_embedding_[AB]|lora_magnitude_vector)(?:\.default)?)",
+    re.ASCII,
 )
+_LINEAR, _EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
+_MAGNITUDE = "lora_magnitude_vector"
+# PEFT saves the embedding, or the head, whole beside a LoRA on it.
+_COPY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.-]+?)(?:\.base_layer)?\.weight", re.ASCII)
 # What PEFT writes for features that we refuse; the config says it too, but a file can lie in either place.
 _FOREIGN_PARTS: Mapping[str, str] = {
-    "lora_magnitude_vector": "DoRA magnitudes",
-    "lora_embedding_": "adapted embeddings",
     ".bias": "biases",
     "modules_to_save": "whole layers (modules_to_save)",
+    "base_layer": "the base itself",
     "trainable_tokens": "new token embeddings",
 }
-_NOT_SAFETENSORS: tuple[tuple[bytes, str], ...] = (
-    (b"PK\x03\x04", "a zip archive, as torch.save writes it"),
-    (b"\x80\x02", "a pickle"),
-    (b"\x80\x03", "a pickle"),
-    (b"\x80\x04", "a pickle"),
-    (b"\x80\x05", "a pickle"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF", "an HDF5 file"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorView:
-    """One tensor where it lies: dtype `F32`, `F16` or `BF16`, shape (rows, columns), its bytes, little-endian."""
-
-    dtype: str
-    shape: tuple[int, int]
-    buffer: memoryview
-
-    @property
-    def array(self) -> Bits:
-        """A numpy view without a copy. BF16, which numpy lacks, comes as uint16 bit patterns."""
-        return np.frombuffer(self.buffer, dtype=_NUMPY[self.dtype]).reshape(self.shape)
-
-    @property
-    def largest(self) -> float:
-        """The largest magnitude; infinity when any value is infinite or not a number."""
-        # Without their sign bits, floats order as their bit patterns do, NaN above infinity: one pass over integers.
-        bits = np.frombuffer(self.buffer, dtype=f"<u{_ITEM_BYTES[self.dtype]}")
-        top = int((bits & np.array((1 << (8 * bits.itemsize - 1)) - 1, dtype=bits.dtype)).max())
-        if top >= _INFINITY_BITS[self.dtype]:
-            return float("inf")
-        if self.dtype == "BF16":
-            return float(np.array(top << 16, dtype="<u4").view("<f4"))
-        return float(np.array(top, dtype=bits.dtype).view(_NUMPY[self.dtype]))
 
 
 @dataclass(frozen=True, slots=True)
 class CanonicalWeights:
-    """LoRA tensors by module path of the base: (A, B) of shapes (r, in) and (out, r). Views; scale not folded in."""
+    """LoRA tensors by module path of the base: (A, B) of shapes (r, in) and (out, r). Views; scale not folded in.
+
+    Of an embedding, which PEFT names otherwise (`embeddings`), "in" is the vocabulary and "out" the width.
+    magnitudes: DoRA's, (out,). copies: what the file carries of the base itself, no part of the canonical form.
+    """
 
     tensors: Mapping[str, tuple[TensorView, TensorView]]
+    magnitudes: Mapping[str, TensorView] = field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
+    copies: Mapping[str, TensorView] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -113,33 +73,54 @@ def open_weights(source: Path | Buffer) -> CanonicalWeights:
         return read_pairs(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
-def size_limit(modules: Mapping[str, tuple[int, int]], max_rank: int = MAX_RANK) -> int:
-    """The most bytes that weights for this base can have: every module, at the highest rank, in float32."""
-    return 8 + MAX_HEADER_BYTES + sum(4 * max_rank * (rows + columns) for rows, columns in modules.values())
+def size_limit(modules: Mapping[str, tuple[int, int]], copied: Collection[str] = (), max_rank: int = MAX_RANK) -> int:
+    """The most bytes that weights for this base can have: every module, at the highest rank, in float32, with DoRA.
+
+    copied: modules whose base weight may come along.
+    """
+    pairs = sum(4 * max_rank * (rows + columns) + 4 * rows for rows, columns in modules.values())
+    return 8 + MAX_HEADER_BYTES + pairs + sum(4 * modules[m][0] * modules[m][1] for m in copied)
 
 
 def read_pairs(data: Buffer) -> CanonicalWeights:
     """The LoRA pairs of a stranger's safetensors bytes. Raises AdapterRefused, each fault with its own reason."""
-    view = memoryview(data)
-    _refuse_other_formats(bytes(view[:64]))
-    header, start = _header(view)
-    tensors = _layout(header, view[start:])
-    pairs: dict[str, dict[str, TensorView]] = {}
-    for name, tensor in tensors.items():
+    parts: dict[str, dict[str, TensorView]] = {}
+    copies: dict[str, TensorView] = {}
+    for name, tensor in read_tensors(data).items():
         match = _NAME.fullmatch(name)
         if match is None:
-            raise _foreign_name(name)
-        sides = pairs.setdefault(match["module"], {})
-        if match["side"] in sides:
-            raise AdapterRefused(Reason.TENSOR_SET, f"lora_{match['side']} of {match['module']} is there twice")
-        sides[match["side"]] = tensor
-    for module, sides in pairs.items():
-        if len(sides) != 2:
-            there, gone = ("A", "B") if "A" in sides else ("B", "A")
-            raise AdapterRefused(
-                Reason.TENSOR_SET, f"{module} has lora_{there} without lora_{gone}; save the adapter again, whole"
-            )
-    return CanonicalWeights({module: (sides["A"], sides["B"]) for module, sides in pairs.items()})
+            module, into, part = _copied(name), copies, "copy of the base's weight"
+            key = module
+        else:
+            module, part = match["module"], match["linear"] or match["bare"]
+            into, key = parts.setdefault(module, {}), part
+        if key in into:
+            raise AdapterRefused(Reason.TENSOR_SET, f"{part} of {module} is there twice")
+        dimensions = 1 if part == _MAGNITUDE else 2
+        if len(tensor.shape) != dimensions:
+            raise bad_layout(name, f"has shape {list(tensor.shape)}; {part} has {dimensions} dimension(s)")
+        into[key] = tensor
+    if not parts:
+        raise AdapterRefused(Reason.TENSOR_SET, "the file holds no LoRA matrices")
+    pairs = {module: _pair(module, there) for module, there in parts.items()}
+    magnitudes = {module: there[_MAGNITUDE] for module, there in parts.items() if _MAGNITUDE in there}
+    embeddings = frozenset(module for module, there in parts.items() if _EMBEDDING[0] in there)
+    return CanonicalWeights(pairs, magnitudes, embeddings, copies)
+
+
+def _pair(module: str, there: Mapping[str, TensorView]) -> tuple[TensorView, TensorView]:
+    """A and B out of a module's tensors, which must be one whole pair, with or without a magnitude."""
+    names = sorted(there.keys() - {_MAGNITUDE})
+    for first, second in (_LINEAR, _EMBEDDING):
+        if names == [first, second]:
+            return there[first], there[second]
+    if len(names) == 1:
+        (name,) = names
+        gone = name[:-1] + ("B" if name.endswith("A") else "A")
+        raise AdapterRefused(Reason.TENSOR_SET, f"{module} has {name} without {gone}; save the adapter again, whole")
+    raise AdapterRefused(
+        Reason.TENSOR_SET, f"{module} has {', '.join(sorted(there))}; it needs lora_A and lora_B, and no other pair"
+    )
 
 
 def check_weights(
@@ -147,24 +128,27 @@ def check_weights(
 ) -> None:
     """Compare weights with the base's modules (path -> (out, in)) and with their config, and look at every value.
 
-    Raises AdapterRefused: unknown_module, shape, rank, not_finite, numerics, no_effect or unsupported_feature.
+    modules: `adapters.families.adaptable`. Whether copies of the base's weights are what they say is not looked at.
+    Raises AdapterRefused: the reasons of `check_shapes`, not_finite, numerics, no_effect.
     """
     check_shapes(weights, modules, spec, max_rank)
     effect = False
     for module, (a, b) in weights.tensors.items():
-        largest = {"A": a.largest, "B": b.largest}
-        for side, value in largest.items():
+        parts = {"lora_A": a, "lora_B": b}
+        if module in weights.magnitudes:
+            parts[_MAGNITUDE] = weights.magnitudes[module]
+        largest = {part: tensor.largest for part, tensor in parts.items()}
+        for part, value in largest.items():
             if value == float("inf"):
                 raise AdapterRefused(
                     Reason.NOT_FINITE,
-                    f"lora_{side} of {module} holds NaN or infinity; the training run diverged, publish an earlier one",
+                    f"{part} of {module} holds NaN or infinity; the training run diverged, publish an earlier one",
                 )
             if value > MAX_ABS:
                 raise AdapterRefused(
-                    Reason.NUMERICS,
-                    f"lora_{side} of {module} reaches {value:.3g}; values beyond {MAX_ABS:g} are refused",
+                    Reason.NUMERICS, f"{part} of {module} reaches {value:.3g}; values beyond {MAX_ABS:g} are refused"
                 )
-        effect = effect or all(largest.values())
+        effect = effect or bool(largest["lora_A"] and largest["lora_B"])
     if not effect:
         raise AdapterRefused(
             Reason.NO_EFFECT,
@@ -175,18 +159,12 @@ def check_weights(
 def check_shapes(
     weights: CanonicalWeights, modules: Mapping[str, tuple[int, int]], spec: AdapterSpec, max_rank: int = MAX_RANK
 ) -> None:
-    """The part of `check_weights` that reads no values: whether these tensors could belong to this base."""
-    if spec.fan_in_fan_out:
-        raise AdapterRefused(
-            Reason.UNSUPPORTED,
-            "fan_in_fan_out is true (Conv1D bases such as GPT-2), which cannot be served exactly yet",
-        )
+    """The part of `check_weights` that reads no values: whether these tensors could belong to this base.
+
+    Raises AdapterRefused: unknown_module, shape, rank, tensor_set, config_field or unsupported_feature.
+    """
     for module, (a, b) in weights.tensors.items():
-        if module not in modules:
-            raise AdapterRefused(
-                Reason.UNKNOWN_MODULE,
-                f"the base has no linear module {module[:120]!r}; train on this base, or name yours",
-            )
+        _check_module(module, modules, module in weights.embeddings)
         key = spec.contradicts(module)
         if key is not None:
             raise AdapterRefused(
@@ -212,139 +190,85 @@ def check_shapes(
                 Reason.RANK,
                 f"{module} would be scaled by {spec.scale_of(module):.4g} (lora_alpha); at most {MAX_SCALE:g}",
             )
+    _check_magnitudes(weights, modules, spec)
+    for module, copy in weights.copies.items():
+        if module not in modules or not is_end(module):
+            raise AdapterRefused(
+                Reason.UNSUPPORTED,
+                f"the file carries the whole weight of {module[:120]!r}, and whole layers are not part of an adapter "
+                f"here; save with save_embedding_layers=False, without modules_to_save",
+            )
+        rows, columns = reversed(modules[module]) if is_embedding(module) else modules[module]
+        if copy.shape != (rows, columns):
+            raise AdapterRefused(
+                Reason.SHAPE,
+                f"{module} comes along as {list(copy.shape)}, and the base's is {[rows, columns]}: a vocabulary that "
+                f"was resized cannot be served; train on the base's own",
+            )
+
+
+def _check_module(module: str, modules: Mapping[str, tuple[int, int]], as_embedding: bool) -> None:
+    if module not in modules:
+        if as_embedding or is_end(module):
+            raise AdapterRefused(
+                Reason.UNSUPPORTED,
+                f"{module[:120]!r} is an embedding or an output head, and this base's cannot be served adapted (of "
+                f"decoder-only bases the token embedding and lm_head can); train without it",
+            )
+        raise AdapterRefused(
+            Reason.UNKNOWN_MODULE, f"the base has no linear module {module[:120]!r}; train on this base, or name yours"
+        )
+    if as_embedding != is_embedding(module):
+        names = ", ".join(_EMBEDDING if is_embedding(module) else _LINEAR)
+        raise AdapterRefused(Reason.TENSOR_SET, f"{module} needs {names}, which is all that PEFT would load for it")
+
+
+def _check_magnitudes(weights: CanonicalWeights, modules: Mapping[str, tuple[int, int]], spec: AdapterSpec) -> None:
+    """DoRA for every adapted module, or for none: PEFT would make up what is missing and ignore what is too much."""
+    if not spec.use_dora:
+        if weights.magnitudes:
+            raise AdapterRefused(
+                Reason.CONFIG_FIELD,
+                f"adapter_config.json: use_dora is not set, but {min(weights.magnitudes)} has a {_MAGNITUDE}, which "
+                f"PEFT would ignore; set use_dora, or save the adapter again",
+            )
+        return
+    for module in weights.tensors.keys() | weights.magnitudes.keys():
+        if module not in weights.magnitudes or module not in weights.tensors:
+            raise AdapterRefused(
+                Reason.TENSOR_SET, f"{module} has no {_MAGNITUDE}, which use_dora needs; save the adapter again, whole"
+            )
+        (length,) = weights.magnitudes[module].shape
+        if length != modules[module][0]:
+            raise AdapterRefused(
+                Reason.SHAPE, f"{module}: {_MAGNITUDE} has {length} values; this base needs {modules[module][0]}"
+            )
 
 
 def canonical_chunks(weights: CanonicalWeights) -> Iterator[bytes | memoryview]:
-    """The one byte form of these weights, piece by piece: names as PEFT writes them, no metadata, dtypes as they came.
-
-    Wider dtypes first and then by name, so that every tensor is aligned; the header is padded to 8 bytes.
-    """
-    named = [
-        (f"base_model.model.{module}.lora_{side}.weight", tensor)
-        for module, pair in weights.tensors.items()
-        for side, tensor in zip("AB", pair, strict=True)
-    ]
-    named.sort(key=lambda item: (-_ITEM_BYTES[item[1].dtype], item[0]))
-    header: dict[str, object] = {}
-    offset = 0
-    for name, tensor in named:
-        end = offset + tensor.buffer.nbytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for _, tensor in named:
-        yield tensor.buffer
+    """The one byte form of these weights, piece by piece: names as PEFT writes them, without copies of the base."""
+    named: dict[str, TensorView] = {}
+    for module, pair in weights.tensors.items():
+        embedding = module in weights.embeddings
+        for part, tensor in zip(_EMBEDDING if embedding else _LINEAR, pair, strict=True):
+            named[f"base_model.model.{module}.{part}{'' if embedding else '.weight'}"] = tensor
+    for module, magnitude in weights.magnitudes.items():
+        named[f"base_model.model.{module}.{_MAGNITUDE}"] = magnitude
+    return tensor_chunks(named)
 
 
-def _refuse_other_formats(head: bytes) -> None:
-    if head.startswith(LFS_MAGIC):
-        raise AdapterRefused(
-            Reason.LFS_POINTER,
-            "adapter_model.safetensors is a git-lfs pointer, not the weights; run `git lfs pull` and publish again",
-        )
-    for magic, what in _NOT_SAFETENSORS:
-        # A safetensors file may begin with any byte (its header's length), but its ninth is always an opening brace.
-        if head.startswith(magic) and head[8:9] != b"{":
-            raise AdapterRefused(
-                Reason.NOT_SAFETENSORS, f"the weights are {what}; save them with safe_serialization=True (safetensors)"
-            )
-
-
-def _header(view: memoryview) -> tuple[dict[str, object], int]:
-    """The header's entries, and where the data begins."""
-    if len(view) < 8:
-        raise _truncated(f"it has {len(view)} bytes, too few for a header")
-    (length,) = struct.unpack("<Q", view[:8])
-    if not 2 <= length <= MAX_HEADER_BYTES:
-        raise AdapterRefused(
-            Reason.HEADER_SIZE, f"the safetensors header would have {length} bytes; 2 to {MAX_HEADER_BYTES} are read"
-        )
-    if 8 + length > len(view):
-        raise _truncated(f"its header needs {8 + length} bytes, the file has {len(view)}")
-    text = bytes(view[8 : 8 + length])
-    if not text.startswith(b"{"):
-        raise AdapterRefused(Reason.HEADER_JSON, "the safetensors header must begin with '{'; this is another format")
-    # Every tensor needs a "dtype"; counting them first bounds what the parser may build.
-    if text.count(b'"dtype"') > MAX_TENSORS:
-        raise AdapterRefused(Reason.TENSOR_SET, f"the header names more than {MAX_TENSORS} tensors")
-    try:
-        header = read_strict(text)
-    except ValueError as error:
-        raise AdapterRefused(Reason.HEADER_JSON, f"the safetensors header cannot be read: {error}") from None
-    if not isinstance(header, dict) or text.rstrip(b" ")[-1:] != b"}":
-        raise AdapterRefused(
-            Reason.HEADER_JSON, "the safetensors header must be one JSON object, padded with spaces only"
-        )
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterRefused(Reason.HEADER_JSON, "__metadata__ of the safetensors header must map texts to texts")
-    if not 1 <= len(header) <= MAX_TENSORS:
-        raise AdapterRefused(Reason.TENSOR_SET, f"the file names {len(header)} tensors; 1 to {MAX_TENSORS} are read")
-    return header, 8 + length
-
-
-def _layout(header: Mapping[str, object], data: memoryview) -> dict[str, TensorView]:
-    """Cut the data into the header's tensors, which must cover it exactly, in a row, aligned."""
-    entries = sorted(((*_entry(name, raw), name) for name, raw in header.items()), key=lambda e: (e[0], e[1]))
-    tensors: dict[str, TensorView] = {}
-    expected = 0
-    for begin, end, dtype, shape, name in entries:
-        if end > len(data):
-            raise _truncated(f"{name[:120]!r} ends at byte {end} of the data, which has {len(data)}")
-        if begin != expected:
-            raise _bad_layout(name, f"begins at {begin} where {expected} is expected; no gaps and no overlaps")
-        if begin % _ITEM_BYTES[dtype]:
-            raise _bad_layout(name, f"begins at {begin}, which is not aligned for {dtype}")
-        tensors[name] = TensorView(dtype, shape, data[begin:end])
-        expected = end
-    if expected != len(data):
-        raise AdapterRefused(Reason.LAYOUT, f"{len(data) - expected} bytes follow the last tensor; nothing may")
-    return tensors
-
-
-def _entry(name: str, raw: object) -> tuple[int, int, str, tuple[int, int]]:
-    """(begin, end, dtype, shape) of one header entry."""
-    if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterRefused(
-            Reason.HEADER_JSON, f"tensor {name[:120]!r} must have dtype, shape and data_offsets, and nothing else"
-        )
-    dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise AdapterRefused(
-            Reason.DTYPE, f"tensor {name[:120]!r} has dtype {shown(dtype)}; F32, F16 and BF16 are served, convert it"
-        )
-    if not _whole_numbers(offsets) or len(offsets) != 2 or not _whole_numbers(shape):
-        raise _bad_layout(name, "needs whole numbers from 0 as its shape and its two offsets")
-    if len(shape) != 2 or 0 in shape:
-        raise _bad_layout(name, f"has shape {shown(shape)}; LoRA matrices have two dimensions and no zero")
-    begin, end = offsets
-    if end - begin != shape[0] * shape[1] * _ITEM_BYTES[dtype]:
-        raise _bad_layout(name, f"has {end - begin} bytes for {dtype} of shape {shown(shape)}")
-    return begin, end, dtype, (shape[0], shape[1])
-
-
-def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
-
-
-def _foreign_name(name: str) -> AdapterRefused:
+def _copied(name: str) -> str:
+    """The module whose weight a tensor copies. Raises AdapterRefused for a name that is no copy either."""
+    match = _COPY.fullmatch(name)
+    if match is not None and is_end(match["module"]):
+        return match["module"]
     for part, what in _FOREIGN_PARTS.items():
         if part in name:
-            return AdapterRefused(
+            raise AdapterRefused(
                 Reason.UNSUPPORTED,
                 f"tensor {name[:120]!r} belongs to {what}, which cannot be served exactly; train without",
             )
-    return AdapterRefused(
+    raise AdapterRefused(
         Reason.TENSOR_NAME,
         f"tensor {name[:120]!r} is not a LoRA matrix as PEFT names them (base_model.model.<module>.lora_A.weight)",
     )
-
-
-def _bad_layout(name: str, why: str) -> AdapterRefused:
-    return AdapterRefused(Reason.LAYOUT, f"tensor {name[:120]!r} {why}")
-
-
-def _truncated(why: str) -> AdapterRefused:
-    return AdapterRefused(Reason.TRUNCATED, f"adapter_model.safetensors was cut short: {why}. Copy it again, whole")

@@ -18,12 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adapters.base_weights import BaseWeights
 from adapters.errors import AdapterLoadFailed, LoraplaneError
+from adapters.families import is_head, lies_transposed
 from adapters.spec import AdapterSpec, parse_spec
 from adapters.store import BlobStore
-from adapters.weights import CanonicalWeights, TensorView, check_shapes, open_weights
+from adapters.tensor_file import TensorView
+from adapters.weights import CanonicalWeights, check_shapes, open_weights
+from serving.dora import gain
 from serving.engine.config import EngineConfig
-from serving.engine.lora import HostAdapter
+from serving.engine.lora import End, HostAdapter
 from serving.engine.plan import Load, LoadState
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -41,16 +45,37 @@ def read_adapter(config: EngineConfig, digest: str, dtype: torch.dtype) -> HostA
     spec = parse_spec(store.read_verified(manifest["config"]))
     weights = open_weights(store.verify(manifest["weights"]))
     check_shapes(weights, config.modules, spec, config.max_rank)
-    return host_adapter(digest, weights, spec, dtype)
+    return host_adapter(digest, weights, spec, dtype, Path(config.base_folder), config.family)
 
 
-def host_adapter(digest: str, weights: CanonicalWeights, spec: AdapterSpec, dtype: torch.dtype) -> HostAdapter:
-    """Checked weights as the engine installs them: a: (r, in), b: (r, out) with the scale folded in, in dtype."""
-    pairs = {}
+def host_adapter(
+    digest: str, weights: CanonicalWeights, spec: AdapterSpec, dtype: torch.dtype, base_folder: Path, family: str
+) -> HostAdapter:
+    """Checked weights as the engine installs them, in dtype; see HostAdapter.
+
+    base_folder: where the base lies; its files are read for DoRA, whose gains depend on the base's weights.
+    """
+    base = BaseWeights(base_folder) if weights.magnitudes else None
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    gains: dict[str, Tensor] = {}
+    ends: dict[str, End] = {}
     for module, (a, b) in weights.tensors.items():
         scaled = _tensor(b).float() * spec.scale_of(module)
-        pairs[module] = (_tensor(a).to(dtype, copy=True), scaled.to(dtype).T.contiguous())
-    return HostAdapter(digest, weights.rank, pairs)
+        factor = None
+        if base is not None:
+            magnitude = _tensor(weights.magnitudes[module]).float()
+            factor = gain(base, module, lies_transposed(family, module), _tensor(a).float(), scaled, magnitude)
+            scaled = scaled * factor[:, None]
+        low = scaled.to(dtype).T.contiguous()
+        if module in weights.embeddings:
+            ends["embedding"] = End(_tensor(a).to(dtype, copy=True).T.contiguous(), low, factor)
+        elif is_head(module):
+            ends["head"] = End(_tensor(a).to(dtype, copy=True), low, factor)
+        else:
+            pairs[module] = (_tensor(a).to(dtype, copy=True), low)
+            if factor is not None:
+                gains[module] = factor
+    return HostAdapter(digest, weights.rank, pairs, gains, **ends)
 
 
 def _tensor(view: TensorView) -> Tensor:

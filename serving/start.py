@@ -12,7 +12,7 @@ import structlog
 
 from adapters.base_digest import read_json
 from adapters.bases import open_base, pull
-from adapters.families import check_family
+from adapters.families import adaptable, check_family
 from adapters.home import Home
 from adapters.records import BASE_ID, BaseRecord
 from adapters.registry import Registry
@@ -66,12 +66,13 @@ def _engine(options: ServeOptions, home: Home, record: BaseRecord, folder: Path)
         base_name=record.name,
         base_digest=record.digest,
         family=record.family,
-        modules=dict(record.modules),
+        modules=adaptable(record),
         blobs=str(home.blobs),
         device=options.device,
         dtype=options.dtype,
         threads=options.threads,
-        max_model_len=min(options.max_model_len, record.max_positions),
+        # 0: the base has no positions that could run out (T5).
+        max_model_len=min(options.max_model_len, record.max_positions or options.max_model_len),
         max_rows=options.max_rows,
         slots=options.slots,
         max_rank=options.max_rank,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from adapters.base_digest import read_json
 from adapters.spec import parse_spec
 from adapters.weights import open_weights
 from serving.engine.engine import Engine
@@ -33,7 +34,9 @@ DEVICE = torch.device(os.environ.get("LORAPLANE_TEST_DEVICE", "cpu"))
 def read_peft(folder: Path, dtype: torch.dtype = torch.float32) -> HostAdapter:
     """A PEFT folder as the loader would bring it; its path is its digest here."""
     spec = parse_spec((folder / "adapter_config.json").read_bytes())
-    return host_adapter(str(folder), open_weights(folder / "adapter_model.safetensors"), spec, dtype)
+    base = Path(spec.base_name)
+    family = str(read_json(base / "config.json")["model_type"])
+    return host_adapter(str(folder), open_weights(folder / "adapter_model.safetensors"), spec, dtype, base, family)
 
 
 @dataclass

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters.canonical_config import canonical_config, shortest_suffixes
 from adapters.errors import AdapterRefused, LoraplaneError, Reason
 from adapters.records import parse_model_id
-from adapters.spec import AdapterSpec, canonical_config, parse_spec, shortest_suffixes
+from adapters.spec import AdapterSpec, parse_spec
 from adapters.strict_json import canonical, read_strict
 from tests.adapter_factory import lora_config, modules
 
@@ -46,7 +47,7 @@ SHARED_CONFIGS: dict[str, tuple[Reason | None, str]] = {
     "distilbert-seqcls-modules-to-save.json": (Reason.UNSUPPORTED, "modules_to_save"),
     "falcon-7b-old-peft.json": (None, ""),
     "flan-t5-base-dialogsum-qv-r32.json": (None, ""),
-    "gpt2-causal-c_attn-c_proj-r8.json": (None, ""),  # fan_in_fan_out is refused beside the weights
+    "gpt2-causal-c_attn-c_proj-r8.json": (None, ""),
     "nemotron-30b-rslora-r24.json": (None, ""),
     "not-peft-adapterhub-xlm-roberta.json": (Reason.CONFIG_FIELD, "peft_type"),
     "paligemma-regex-target-gaussian.json": (None, "not executed"),
@@ -109,13 +110,18 @@ def test_a_regular_expression_as_target_is_noted_and_never_executed() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"use_dora": True}, Reason.UNSUPPORTED),
+        ({"use_dora": 1}, Reason.CONFIG_FIELD),
+        ({"use_qalora": True}, Reason.UNSUPPORTED),
+        ({"use_bdlora": {"a": 1}}, Reason.UNSUPPORTED),
+        ({"ensure_weight_tying": True}, Reason.UNSUPPORTED),
+        ({"alora_invocation_tokens": [1, 2]}, Reason.UNSUPPORTED),
+        ({"arrow_config": {"a": 1}}, Reason.UNSUPPORTED),
         ({"bias": "all"}, Reason.UNSUPPORTED),
         ({"lora_bias": True}, Reason.UNSUPPORTED),
         ({"modules_to_save": ["lm_head"]}, Reason.UNSUPPORTED),
         ({"trainable_token_indices": [1]}, Reason.UNSUPPORTED),
         ({"layer_replication": [[0, 2]]}, Reason.UNSUPPORTED),
-        ({"target_parameters": ["experts"]}, Reason.UNSUPPORTED),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, Reason.UNSUPPORTED),
         ({"init_lora_weights": "pissa_niter_4"}, Reason.UNSUPPORTED),
         ({"init_lora_weights": "loftq"}, Reason.UNSUPPORTED),
         ({"peft_type": "IA3"}, Reason.UNSUPPORTED),

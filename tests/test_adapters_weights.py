@@ -18,10 +18,9 @@ from safetensors.numpy import load, save
 
 from adapters.errors import AdapterRefused, Reason
 from adapters.spec import parse_spec
+from adapters.tensor_file import MAX_TENSORS, TensorView
 from adapters.weights import (
-    MAX_TENSORS,
     CanonicalWeights,
-    TensorView,
     canonical_chunks,
     check_weights,
     open_weights,
@@ -175,9 +174,46 @@ FAULTS: dict[str, tuple[bytes, Reason]] = {
     "one dimension": (raw_safetensors(two(shape=[64]), ONES), Reason.LAYOUT),
     "scalar": (raw_safetensors(two(shape=[], data_offsets=[0, 4]), ONES), Reason.LAYOUT),
     "foreign name": (save({"../../etc/passwd": np.ones((2, 2), "f4")}), Reason.TENSOR_NAME),
-    "saved base layer": (save({"base_model.model.lm_head.weight": np.ones((2, 2), "f4")}), Reason.TENSOR_NAME),
-    "dora": (save({f"{PREFIX}.lora_magnitude_vector": np.ones((2, 2), "f4")}), Reason.UNSUPPORTED),
-    "embedding": (save({"base_model.model.embed.lora_embedding_A": np.ones((2, 2), "f4")}), Reason.UNSUPPORTED),
+    "saved base layer": (save({f"{PREFIX}.base_layer.weight": np.ones((2, 2), "f4")}), Reason.UNSUPPORTED),
+    "a whole module": (save({f"{PREFIX}.weight": np.ones((2, 2), "f4")}), Reason.TENSOR_NAME),
+    "a saved head and nothing else": (
+        save({"base_model.model.lm_head.weight": np.ones((2, 2), "f4")}),
+        Reason.TENSOR_SET,
+    ),
+    "a module to save": (
+        save({"base_model.model.lm_head.modules_to_save.default.weight": np.ones((2, 2), "f4")}),
+        Reason.UNSUPPORTED,
+    ),
+    "new tokens": (save({"base_model.model.embed.trainable_tokens_delta": np.ones((2, 2), "f4")}), Reason.UNSUPPORTED),
+    "dora with two dimensions": (
+        save({f"{PREFIX}.lora_magnitude_vector": np.ones((1, 16), "f4")}),
+        Reason.LAYOUT,
+    ),
+    "dora alone": (save({f"{PREFIX}.lora_magnitude_vector": np.ones(16, "f4")}), Reason.TENSOR_SET),
+    "dora that the config does not mean": (
+        save({**lora_tensors(), f"{PREFIX}.lora_magnitude_vector": np.ones(16, "f4")}),
+        Reason.CONFIG_FIELD,
+    ),
+    "half an embedding": (save({"base_model.model.embed.lora_embedding_A": np.ones((2, 2), "f4")}), Reason.TENSOR_SET),
+    "an embedding's A with a linear's B": (
+        save({f"{PREFIX}.lora_embedding_A": np.ones((4, 16), "f4"), f"{PREFIX}.lora_B.weight": np.ones((16, 4), "f4")}),
+        Reason.TENSOR_SET,
+    ),
+    "a linear module as an embedding": (
+        save(
+            {f"{PREFIX}.lora_embedding_A": np.ones((4, 16), "f4"), f"{PREFIX}.lora_embedding_B": np.ones((16, 4), "f4")}
+        ),
+        Reason.TENSOR_SET,
+    ),
+    "an embedding that cannot be adapted": (
+        save(
+            {
+                "base_model.model.transformer.wpe.lora_embedding_A": np.ones((4, 16), "f4"),
+                "base_model.model.transformer.wpe.lora_embedding_B": np.ones((16, 4), "f4"),
+            }
+        ),
+        Reason.UNSUPPORTED,
+    ),
     "bias": (save({f"{PREFIX}.lora_B.bias": np.ones((2, 2), "f4")}), Reason.UNSUPPORTED),
     "A alone": (save({f"{PREFIX}.lora_A.weight": np.ones((4, 16), "f4")}), Reason.TENSOR_SET),
     "B alone": (save({f"{PREFIX}.lora_B.weight": np.ones((16, 4), "f4")}), Reason.TENSOR_SET),
@@ -219,10 +255,6 @@ def test_a_rank_beyond_the_slots_is_refused() -> None:
 
 def test_a_scale_that_would_drown_the_base_is_refused() -> None:
     assert reason_of(SOUND, lora_config(4, lora_alpha=4 * 65)) is Reason.RANK
-
-
-def test_fan_in_fan_out_is_refused_beside_the_weights() -> None:
-    assert reason_of(SOUND, lora_config(4, fan_in_fan_out=True)) is Reason.UNSUPPORTED
 
 
 def test_ranks_by_pattern_are_held_against_the_tensors() -> None:

@@ -284,7 +284,7 @@ def test_pull_into_a_folder_that_takes_no_files_is_one_line(line: Line, into: st
         ("adapter_model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "lfs_pointer"),
         (
             "adapter_config.json",
-            b'{"peft_type": "LORA", "use_dora": true, "r": 4, "lora_alpha": 8}',
+            b'{"peft_type": "LORA", "lora_bias": true, "r": 4, "lora_alpha": 8}',
             "unsupported_feature",
         ),
         ("prompt_format.json", b'{"style": "jinja"}', "prompt_format"),

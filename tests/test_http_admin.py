@@ -103,7 +103,7 @@ async def test_the_gate_refuses_a_promotion_without_a_report(client: httpx.Async
 
 
 async def test_an_adapter_that_is_none_is_refused_with_its_reason(client: httpx.AsyncClient) -> None:
-    for changes, code in [({"use_dora": True}, "unsupported_feature"), ({"r": 999}, "rank")]:
+    for changes, code in [({"lora_bias": True}, "unsupported_feature"), ({"r": 999}, "rank")]:
         digests = await send_files(client, **changes)
         answer = await client.post("/v1/adapters/odd/versions", json={"files": digests})
         assert (answer.status_code, error_body(answer)["code"]) == (400, code)

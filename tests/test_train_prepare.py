@@ -62,8 +62,7 @@ def test_base_means_to_training_what_it_means_to_serving(tmp_path: Path, tiny_ba
     ("override", "told"),
     [
         ("name=tiny", "name: a base is called 'tiny'"),
-        ("lora.targets=[q_proj, lm_head]", "lora.targets: 'lm_head' is no linear module that can be served; .*v_proj"),
-        ("lora.targets=[embed_tokens]", "lora.targets: 'embed_tokens'"),
+        ("lora.targets=[q_proj, norm]", "lora.targets: 'norm' is no module that can be served; .*v_proj"),
         ("lora.targets=[q_proj, v_porj]", "lora.targets: 'v_porj'"),
         ("lora.r=128", "rank 128; slots hold at most 64"),
         ("lora.alpha=1000", "scaled by 250"),
@@ -79,7 +78,7 @@ def test_what_publishing_would_refuse_is_refused_before_training(prepare: Prepar
 
 
 def test_what_publishing_takes_is_prepared(prepare: Prepare) -> None:
-    for fine in ("lora.r=64", "lora.alpha=256", "lora.targets=[self_attn.q_proj]", "note=one\\ntwo"):
+    for fine in ("lora.r=64", "lora.alpha=256", "lora.targets=[self_attn.q_proj]", "lora.targets=[embed_tokens, lm_head]", "note=one\\ntwo"):
         prepare(fine)
     assert len(prepare("optim.max_steps=1", "optim.warmup=0").plan.batches) == 1
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from adapters.canonical_config import canonical_config
 from adapters.errors import AdapterRefused, InvalidRequest, ModelNotFound, RunInvalid
+from adapters.families import adaptable, is_embedding
 from adapters.records import AdapterVersion, BaseRecord
 from adapters.registry_door import RegistryDoor, whoami
 from adapters.rows import line, text
 from adapters.runs import OptimSpec, TrainRun, check_run
-from adapters.spec import MAX_CONFIG_BYTES, canonical_config, parse_spec
+from adapters.spec import MAX_CONFIG_BYTES, parse_spec
 from adapters.strict_json import canonical
-from adapters.weights import CanonicalWeights, TensorView, check_shapes
+from adapters.tensor_file import TensorView
+from adapters.weights import CanonicalWeights, check_shapes
 from train.data import RowSet
 
 
@@ -36,10 +39,11 @@ def check_publishable(run: TrainRun, base: BaseRecord, door: RegistryDoor) -> No
     }
     try:
         spec = parse_spec(canonical(config))
-        check_shapes(CanonicalWeights(_shapes(ranks, base)), base.modules, spec)
+        embeddings = frozenset(module for module in ranks if is_embedding(module))
+        check_shapes(CanonicalWeights(_shapes(ranks, base), embeddings=embeddings), adaptable(base), spec)
     except AdapterRefused as error:
         raise RunInvalid(f"lora: the adapter could not be published: {error}") from error
-    if len(canonical(canonical_config(spec, ranks, sorted(base.modules), base.name))) > MAX_CONFIG_BYTES:
+    if len(canonical(canonical_config(spec, ranks, sorted(adaptable(base)), base.name))) > MAX_CONFIG_BYTES:
         raise RunInvalid("lora.targets: naming these modules takes too much room; name whole kinds, such as q_proj")
 
 
@@ -136,13 +140,12 @@ def _adapted(run: TrainRun, base: BaseRecord) -> list[str]:
     if isinstance(run.lora.targets, str):
         return [*base.modules]
     found: set[str] = set()
+    modules = adaptable(base)
     for target in run.lora.targets:
-        hit = [m for m in base.modules if m == target or m.endswith(f".{target}")]
+        hit = [m for m in modules if m == target or m.endswith(f".{target}")]
         if not hit:
-            kinds = ", ".join(sorted({m.rpartition(".")[2] for m in base.modules}))
-            raise RunInvalid(
-                f"lora.targets: {target!r} is no linear module that can be served; {base.name} has {kinds}"
-            )
+            kinds = ", ".join(sorted({m.rpartition(".")[2] for m in modules}))
+            raise RunInvalid(f"lora.targets: {target!r} is no module that can be served; {base.name} has {kinds}")
         found.update(hit)
     return sorted(found)
 
@@ -150,8 +153,9 @@ def _adapted(run: TrainRun, base: BaseRecord) -> list[str]:
 def _shapes(ranks: Mapping[str, int], base: BaseRecord) -> dict[str, tuple[TensorView, TensorView]]:
     """The adapter's tensors as far as their shapes go, without a byte in them."""
     empty = memoryview(b"")
+    modules = adaptable(base)
     found: dict[str, tuple[TensorView, TensorView]] = {}
     for module, rank in ranks.items():
-        rows, columns = base.modules[module]
+        rows, columns = modules[module]
         found[module] = (TensorView("F32", (rank, columns), empty), TensorView("F32", (rows, rank), empty))
     return found

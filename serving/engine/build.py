@@ -46,6 +46,7 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
         patience_s=config.patience_s,
         max_answer_len=max_answer_len,
         prefix_reuse=config.prefix_reuse,
+        forced_tokens=len(base.start_token_ids) - 1 if isinstance(base, EncoderDecoder) else 0,
     )
     scheduler = Scheduler(limits, rows, slots, host, frozenset(base.stop_token_ids))
     facts = EngineFacts(

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from serving.engine.beams import Candidate
 from serving.engine.kv import Copy
 from serving.engine.request import Event, Sampling, TokenLogprob
 
 NO_SLOT = 0
+FED_ALREADY = -1  # the token that the runner sampled last for this row
 
 
 class Key(tuple[int, int]):
@@ -53,8 +55,10 @@ class RowPlan:
     tokens: prompt tokens to compute at positions start, start+1, ...; empty for a decode row, whose one input is the
     token the runner sampled last for this row (so that a device may run one step ahead of the host).
     sample: whether the row yields a token. position: index of that token in the answer, part of the random key.
-    targets: where the prompt's log-probabilities are wanted, the token that follows each of `tokens`; the prompt's
-    last token has none. prompt and output are there only where penalties or bans look back.
+    candidates: of a beam search, how many of the likeliest tokens are wanted; feed: the token that its decode row
+    goes on from, since hypotheses change rows. targets: where the prompt's log-probabilities are wanted, the token
+    that follows each of `tokens`; the prompt's last token has none. prompt and output are there only where penalties
+    or bans look back.
     """
 
     key: Key
@@ -70,6 +74,8 @@ class RowPlan:
     prompt: tuple[int, ...] = ()
     output: tuple[int, ...] = ()
     targets: tuple[int, ...] = ()
+    candidates: int = 0
+    feed: int = FED_ALREADY
 
     @property
     def length(self) -> int:
@@ -95,6 +101,7 @@ class Sampled:
 
     token: int = -1
     logprob: TokenLogprob | None = None
+    candidates: tuple[Candidate, ...] = ()
     fault: str | None = None
 
 

@@ -35,7 +35,7 @@ class Sampling(msgspec.Struct, frozen=True):
     whatever shares the batch. logprobs None: none wanted; 0..20: the chosen token's, and that many alternatives;
     prompt_logprobs likewise for each token of the prompt but the first. max_tokens 0 computes the prompt alone.
     no_repeat_ngram_size 0 is off; else no run of so many tokens comes twice in prompt and answer (of an
-    encoder-decoder, in the answer).
+    encoder-decoder, in the answer). num_beams above 1: beam search in place of drawing, of encoder-decoders only.
     """
 
     max_tokens: int
@@ -54,6 +54,9 @@ class Sampling(msgspec.Struct, frozen=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     no_repeat_ngram_size: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
 
     @property
     def looks_back(self) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serving.engine.beams import Candidate
 from serving.engine.plan import RowPlan, Sampled
 from serving.engine.request import Sampling, TokenLogprob
 from serving.engine.shaping import reshape, reshapes
@@ -40,9 +41,12 @@ def sample(logits: Tensor, rows: Sequence[RowPlan], begun: tuple[int, ...] | Non
     A row whose logits are not finite gets a fault and no token; its neighbours are unharmed.
     """
     changed = [i for i, row in enumerate(rows) if reshapes(row)]
-    shaped = logits.to(torch.float32, copy=bool(changed))
+    searching = [i for i, row in enumerate(rows) if row.candidates]
+    shaped = logits.to(torch.float32, copy=bool(changed or searching))
     # NaN and +inf both reach the maximum; -inf is a model's way to bar a token.
     finite = torch.isfinite(shaped.amax(dim=-1))
+    if searching:  # penalties and bans of a search change log-probabilities, as transformers has it
+        shaped[searching] = torch.log_softmax(shaped[searching], dim=-1)
     if changed:
         reshape(shaped, rows, changed, begun)
         finite &= torch.isfinite(shaped.amax(dim=-1))
@@ -58,7 +62,16 @@ def sample(logits: Tensor, rows: Sequence[RowPlan], begun: tuple[int, ...] | Non
         # Under the model itself, before temperature, bias and penalties.
         most = [rows[i].sampling.logprobs or 0 for i in wanted]
         told = dict(zip(wanted, _logprobs(_part(logits, wanted), [tokens[i] for i in wanted], most), strict=True))
-    return [Sampled(tokens[i], told.get(i)) if good[i] else NOT_FINITE for i in range(len(rows))]
+    offers = _candidates(shaped, searching, rows)
+    return [Sampled(tokens[i], told.get(i), offers.get(i, ())) if good[i] else NOT_FINITE for i in range(len(rows))]
+
+
+def _candidates(scores: Tensor, searching: Sequence[int], rows: Sequence[RowPlan]) -> dict[int, tuple[Candidate, ...]]:
+    found = {}
+    for i in searching:
+        values, tokens = scores[i].topk(min(rows[i].candidates, scores.shape[-1]))
+        found[i] = tuple(map(Candidate, tokens.tolist(), values.tolist()))
+    return found
 
 
 def score(logits: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob] | None:

@@ -8,8 +8,9 @@ no slot is free, waits aside while younger ones go on. To keep that fair, once s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from serving.engine.beams import BeamRules, BeamSearch, moves
 from serving.engine.kv import MIN_SHARED, Copy, RowTable, shared_prefix
 from serving.engine.plan import NO_SLOT, Key, Load, Loader, Outgoing, RowPlan, Sampled, StepPlan, StepResult
 from serving.engine.request import (
@@ -18,6 +19,7 @@ from serving.engine.request import (
     Finished,
     FinishReason,
     PromptLogprobs,
+    Sampling,
     State,
     Submit,
     Tokens,
@@ -32,7 +34,8 @@ class Limits:
     """The figures that bound a scheduler. prefill_chunk: prompt tokens a step while others decode.
 
     max_answer_len: of an encoder-decoder (see EngineFacts), whose prompts are computed whole; else 0.
-    prefix_reuse: whether a prompt may start behind what another of its scope has computed already.
+    forced_tokens: tokens that each of its answers begins with unseen. prefix_reuse: whether a prompt may start behind
+    what another of its scope has computed already.
     """
 
     max_model_len: int
@@ -42,6 +45,7 @@ class Limits:
     patience_s: float = 2.0
     max_answer_len: int = 0
     prefix_reuse: bool = True
+    forced_tokens: int = 0
 
 
 class Scheduler:
@@ -77,7 +81,11 @@ class Scheduler:
     def balanced(self) -> bool:
         """The books agree: rows held = sequences running, leases = running sequences with an adapter."""
         leased = sum(1 for s in self._running.values() if s.adapter is not None)
-        return self._rows.balanced() and self._rows.held == len(self._running) and self._slots.leases == leased
+        return (
+            self._rows.balanced()
+            and self._rows.held == sum(len(s.rows) for s in self._running.values())
+            and self._slots.leases == leased
+        )
 
     def submit(self, key: Key, submit: Submit, now: float) -> list[Event]:
         """Take a sequence in, or refuse it at once: the one ending then is in the answer."""
@@ -96,6 +104,9 @@ class Scheduler:
                     f"{limits.max_model_len}.",
                 )
             ]
+        beams = submit.sampling.num_beams
+        if beams > 1 and not (limits.max_answer_len and beams <= self._rows.rows):
+            return [Failed(submit.id, "invalid_value", f"No beam search of width {beams} here.")]
         # A burst between two steps waits beside rows that are still free: those places count too.
         if len(self._waiting) >= self._limits.queue_limit + self._rows.free:
             return [
@@ -129,11 +140,13 @@ class Scheduler:
         """
         installs: list[tuple[str, Placement]] = []
         events: list[Outgoing] = []
-        leases_barred = False
+        leases_barred = rows_barred = False
         for sequence in list(self._waiting.values()):
             digest = sequence.adapter
+            # Who needs many rows is not overtaken for ever by those who need one.
+            rows_barred = rows_barred or self._rows.free < sequence.width
             if digest is None:
-                if self._rows.free:
+                if not rows_barred:
                     self._start(sequence, now)
                 continue
             if not self._slots.holds(digest):
@@ -146,7 +159,7 @@ class Scheduler:
                     continue
             if sequence.loaded_at is None:
                 sequence.loaded_at = now
-            if leases_barred or not self._rows.free:
+            if leases_barred or rows_barred:
                 continue
             try:
                 placement = self._slots.acquire(digest)
@@ -161,13 +174,29 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, now: float) -> None:
         lease = self._rows.acquire(sequence.scope if self._reuses(sequence) else None, sequence.submit.prompt)
-        sequence.row, sequence.computed, sequence.reused = lease.row, lease.reused, lease.reused
+        sequence.rows = [lease.row, *(self._rows.acquire().row for _ in range(sequence.width - 1))]
+        sequence.computed = sequence.reused = lease.reused
         if lease.source is not None and lease.source != lease.row:
             self._copies.append(Copy(lease.source, lease.row, lease.reused))
         sequence.admitted_at = now
         sequence.state = State.PREFILL
+        if sequence.width > 1:
+            sequence.search = self._search(sequence.submit.sampling)
         del self._waiting[sequence.key]
         self._running[sequence.key] = sequence
+
+    def _search(self, sampling: Sampling) -> BeamSearch:
+        ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
+        return BeamSearch(
+            BeamRules(
+                width=sampling.num_beams,
+                max_tokens=sampling.max_tokens,
+                ends=ends,
+                length_penalty=sampling.length_penalty,
+                early=sampling.early_stopping,
+                forced=self._limits.forced_tokens,
+            )
+        )
 
     def _reuses(self, sequence: Sequence) -> bool:
         limits = self._limits
@@ -192,7 +221,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step: a token for every decoding row, and prompt chunks within the budget."""
-        rows = [self._decode_row(s) for s in self._running.values() if s.state is State.DECODE]
+        rows = [row for s in self._running.values() if s.state is State.DECODE for row in self._decode_rows(s)]
         budget = self._limits.prefill_chunk if rows else self._limits.prefill_chunk_alone
         for sequence in self._running.values():
             if budget <= 0:
@@ -209,8 +238,14 @@ class Scheduler:
         # Decode rows first and by cache row: the runner reads the cache as one prefix.
         return StepPlan(tuple(sorted(rows, key=lambda r: (bool(r.tokens), r.row))), scrub, copies)
 
-    def _decode_row(self, sequence: Sequence) -> RowPlan:
-        return self._row(sequence, start=sequence.computed, tokens=(), sample=True)
+    def _decode_rows(self, sequence: Sequence) -> list[RowPlan]:
+        row = self._row(sequence, start=sequence.computed, tokens=(), sample=True)
+        if sequence.search is None:
+            return [row]
+        return [
+            replace(row, row=at, feed=hypothesis.tokens[-1], output=hypothesis.tokens)
+            for at, hypothesis in zip(sequence.rows, sequence.search.live, strict=False)
+        ]
 
     def _prefill_row(self, sequence: Sequence, budget: int) -> RowPlan:
         prompt = sequence.submit.prompt
@@ -225,7 +260,8 @@ class Scheduler:
         self, sequence: Sequence, start: int, tokens: tuple[int, ...], sample: bool, targets: tuple[int, ...] = ()
     ) -> RowPlan:
         sampling = sequence.submit.sampling
-        position = len(sequence.output)
+        search = sequence.search
+        position = len(sequence.output if search is None else search.live[0].tokens)
         ban: tuple[int, ...] = ()
         if position < sampling.min_tokens:
             ban = (*self._eos, *sampling.stop_token_ids)
@@ -245,21 +281,29 @@ class Scheduler:
             prompt=sequence.submit.prompt if looks_back else (),
             output=tuple(sequence.output) if looks_back else (),
             targets=targets,
+            candidates=0 if search is None else search.rules.looked_at,
         )
 
     def settle(self, plan: StepPlan, result: StepResult, now: float) -> list[Outgoing]:
         """Book a step's outcome: the events of each sequence in order, its ending last."""
         events: list[Outgoing] = []
+        settled: set[Key] = set()  # a beam search has several rows in a step
         for row in plan.rows:
             sequence = self._running.get(row.key)
-            if sequence is None:  # cancelled while the step ran
+            if sequence is None or row.key in settled:  # cancelled while the step ran, or done
                 continue
-            sampled = result.sampled.get(row.row)
-            if sampled is not None and sampled.fault is not None:
-                self._tainted.append(sequence.row)
-                events.append((row.key, self._fail(sequence, "engine_fault", sampled.fault)))
+            settled.add(row.key)
+            outcomes = [result.sampled.get(at) for at in sequence.used_rows]
+            fault = next((found.fault for found in outcomes if found is not None and found.fault is not None), None)
+            if fault is not None:
+                self._tainted += sequence.rows
+                events.append((row.key, self._fail(sequence, "engine_fault", fault)))
                 continue
             sequence.computed += row.length
+            if sequence.search is not None:
+                events += [(row.key, event) for event in self._advance(sequence, sequence.search, result, now)]
+                continue
+            sampled = outcomes[0]
             if row.row in result.scores:
                 events.append((row.key, PromptLogprobs(sequence.submit.id, result.scores[row.row])))
             if sampled is not None:
@@ -293,6 +337,30 @@ class Scheduler:
             reason = FinishReason.STOP if asked else FinishReason.LENGTH
             yield Finished(number, reason, sequence.timing(now))
 
+    def _advance(self, sequence: Sequence, search: BeamSearch, result: StepResult, now: float) -> Iterator[Event]:
+        """Beam search says nothing before it knows the whole answer."""
+        number, sampling = sequence.submit.id, sequence.submit.sampling
+        if sequence.state is State.PREFILL:
+            sequence.state = State.DECODE
+            sequence.first_token_at = now
+        used = sequence.used_rows
+        parents = search.advance([result.sampled[row].candidates for row in used])
+        if not search.done:
+            rows, copies = moves(parents, used, sequence.rows[len(used) :])
+            self._copies += [Copy(source, target, sequence.computed) for source, target in copies]
+            sequence.rows = [*rows, *(row for row in sequence.rows if row not in rows)]
+            return
+        if search.answer is None:
+            yield self._fail(sequence, "engine_fault", "No token may follow.")
+            return
+        tokens = search.answer.tokens
+        ended = tokens[-1] in search.rules.ends
+        shown = tokens[:-1] if ended and tokens[-1] not in sampling.stop_token_ids else tokens
+        self._release(sequence)
+        if shown:
+            yield Tokens(number, shown, (), sequence.timing(now))
+        yield Finished(number, FinishReason.STOP if ended else FinishReason.LENGTH, sequence.timing(now))
+
     def abandon(self, digest: str, message: str) -> list[Outgoing]:
         """An adapter could not be brought into its slot: end the sequences that lease it and empty the slot."""
         hit = [s for s in self._running.values() if s.adapter == digest]
@@ -315,9 +383,10 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.key]
         if sequence.state is State.PREFILL and sequence.computed > sequence.reused:
-            self._tainted.append(sequence.row)  # nobody has seen yet whether these numbers are finite
+            self._tainted += sequence.rows  # nobody has seen yet whether these numbers are finite
         if sequence.row in self._tainted or not self._reuses(sequence):
-            self._rows.release(sequence.row)
+            for row in sequence.rows:
+                self._rows.release(row)
         else:
             self._rows.release(sequence.row, sequence.scope, sequence.context)
         if sequence.adapter is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -14,7 +15,7 @@ from serving.engine.kv import Copy
 from serving.engine.lora import HostAdapter, Slots
 from serving.engine.memory import lazy_zeros
 from serving.engine.ops import Norm
-from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan, StepResult
+from serving.engine.plan import FED_ALREADY, NO_SLOT, Key, RowPlan, StepPlan, StepResult
 from serving.engine.request import Sampling
 from serving.engine.sampling import sample
 from serving.engine.seq2seq import Block, EncoderDecoder, Linear, Stack, tokens_of
@@ -40,6 +41,8 @@ class Seq2SeqRunner:
         self._keys, self._values = cache(base.max_output), cache(base.max_output)
         self._cross_keys, self._cross_values = cache(base.max_input), cache(base.max_input)
         self._read = [0] * (rows + 1)  # input tokens of each row
+        self._reading = [0] * (rows + 1)  # a number for each input that was encoded
+        self._encoded = itertools.count(1)
         self._written = [0] * (rows + 1)  # positions of each row's own cache
         self._last = [0] * (rows + 1)
 
@@ -49,13 +52,16 @@ class Seq2SeqRunner:
         self._extras.install(slot, adapter)
 
     def copy(self, copy: Copy) -> None:
-        """See Runner. What was read goes along; length counts what was written."""
-        source, target, length = copy
+        """See Runner. The whole of what the row wrote, and what it read unless the target read the very same."""
+        source, target, written = copy.source, copy.target, self._written[copy.source]
         for cache in (*self._keys, *self._values):
-            cache[target, :, :length] = cache[source, :, :length]
-        for cache in (*self._cross_keys, *self._cross_values):
-            cache[target, :, : self._read[source]] = cache[source, :, : self._read[source]]
-        self._read[target], self._written[target] = self._read[source], length
+            cache[target, :, :written] = cache[source, :, :written]
+        if self._reading[target] != self._reading[source]:
+            read = self._read[source]
+            for cache in (*self._cross_keys, *self._cross_values):
+                cache[target, :, :read] = cache[source, :, :read]
+        self._read[target], self._reading[target] = self._read[source], self._reading[source]
+        self._written[target] = written
         self._last[target] = self._last[source]
 
     def probe(self) -> bool:
@@ -82,10 +88,16 @@ class Seq2SeqRunner:
             self._encode(fresh)
         for row in fresh:
             self._read[row.row], self._written[row.row] = row.length, 0
+            self._reading[row.row] = next(self._encoded)
         *forced, last = self._b.start_token_ids
         for token in forced:
             self._decode(fresh, [token] * len(fresh))
-        return self._decode(plan.rows, [last if row.tokens else self._last[row.row] for row in plan.rows])
+        return self._decode(plan.rows, [self._fed(row, last) for row in plan.rows])
+
+    def _fed(self, row: RowPlan, first: int) -> int:
+        if row.tokens:
+            return first
+        return self._last[row.row] if row.feed == FED_ALREADY else row.feed
 
     def _encode(self, rows: Sequence[RowPlan]) -> None:
         b = self._b

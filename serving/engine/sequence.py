@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from serving.engine.beams import BeamSearch
 from serving.engine.kv import Scope
 from serving.engine.plan import Key
 from serving.engine.request import State, Submit, Timing
@@ -11,21 +12,39 @@ from serving.engine.request import State, Submit, Timing
 
 @dataclass(slots=True)
 class Sequence:
-    """A submitted sequence and where it stands. Only the scheduler changes it."""
+    """A submitted sequence and where it stands. Only the scheduler changes it.
+
+    rows: all that it holds, in a beam search those of the live hypotheses first; row: the first of them.
+    """
 
     key: Key
     submit: Submit
     arrived_at: float
     state: State = State.WAITING
-    row: int = -1
     computed: int = 0
     reused: int = 0
     output: list[int] = field(default_factory=list)
+    search: BeamSearch | None = None
+    rows: list[int] = field(default_factory=list)
     slot_wait_since: float | None = None
     loaded_at: float | None = None
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     source: str = "device"
+
+    @property
+    def row(self) -> int:
+        return self.rows[0]
+
+    @property
+    def used_rows(self) -> list[int]:
+        """The rows that take part in the next step: one, or those of the live hypotheses."""
+        return self.rows[: 1 if self.search is None else len(self.search.live)]
+
+    @property
+    def width(self) -> int:
+        """How many rows it needs."""
+        return self.submit.sampling.num_beams
 
     @property
     def adapter(self) -> str | None:

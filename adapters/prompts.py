@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from adapters.errors import AdapterRefused, BaseUnsupported, InvalidRequest, Reason
 from adapters.records import GenerationDefaults, PromptFormat
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
+_CONTEXT = 8  # tokens before a text that decide how its first one reads
+_UNSETTLED = 16
 _LIMITS = {"system": 8192, "prefix": 8192, "suffix": 8192}
 
 
@@ -40,31 +41,59 @@ class PromptRenderer(Protocol):
     def chat(self, messages: Sequence[Message], fmt: PromptFormat, *, continue_final: bool = False) -> list[int]: ...
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
-    def stream(self, *, skip_special_tokens: bool = True) -> TextStream: ...
+    def stream(self, *, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> TextStream: ...
 
 
 class TextStream:
-    """Turns token ids into text as they come, never half a character."""
+    """Turns token ids into text as they come, never half a character.
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    Each token is decoded together with those of the last piece of text, since many decoders treat a first token apart
+    (they drop its space), and the new text is what that adds. `tokenizers` has such a stream of its own, but it
+    raises where a byte changes how an earlier one reads, as byte fallback does after bytes that are no text.
+
+    after: tokens whose text the caller has already; what comes is read as going on from them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._decoder = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._pending: list[int] = []
+        self._ids = list(after[-_CONTEXT:])
+        self._read = len(self._ids)  # of these ids the text is out; it is decoded again beside what follows
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
-        text = self._decoder.step(self._tokenizer, token)
-        if text is None:
-            self._pending.append(token)
-            return ""
-        self._pending.clear()
-        return text
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd"):
+            return self._settled()
+        return self._take(text, len(self._ids))
 
     def flush(self) -> str:
         """What is left when no more tokens come: an unfinished character shows as U+FFFD, as a full decode would."""
-        pending, self._pending = self._pending, []
-        return self._tokenizer.decode(pending, skip_special_tokens=self._skip) if pending else ""
+        return self._take(self._decode(self._ids), len(self._ids))
+
+    def _settled(self) -> str:
+        """Of bytes that are no text, however long they go on: the ones that nothing that follows can change."""
+        if len(self._ids) - self._read > _UNSETTLED:
+            whole = self._decode(self._ids)
+            for kept in range(4, 8):  # the bytes of one character at the end, and a border before them
+                at = len(self._ids) - kept
+                text = self._decode(self._ids[:at])
+                if text + self._decode(self._ids[at:]) == whole:
+                    return self._take(text, at)
+        return ""
+
+    def _take(self, text: str, at: int) -> str:
+        """What the first `at` ids, which read `text`, add to what is out."""
+        shown = self._decode(self._ids[: self._read])
+        if len(text) <= len(shown):
+            return ""
+        del self._ids[: self._read]
+        self._read = at - self._read
+        return text[len(shown) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip))
 
 
 class Renderer:
@@ -116,9 +145,9 @@ class Renderer:
         """Text of token ids, without clean-up of spaces."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
-        """An incremental decoder for one answer."""
-        return TextStream(self._tokenizer, skip_special_tokens)
+    def stream(self, *, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> TextStream:
+        """An incremental decoder for one answer. after: the tokens that its text goes on from, if any."""
+        return TextStream(self._tokenizer, skip_special_tokens, after)
 
     def chat(self, messages: Sequence[Message], fmt: PromptFormat, *, continue_final: bool = False) -> list[int]:
         """Token ids of a conversation up to where the answer begins.

@@ -13,6 +13,8 @@ import structlog
 from adapters.errors import (
     AdapterCapacity,
     AdapterLoadFailed,
+    AdapterNumerics,
+    AdapterQuarantined,
     Cancelled,
     DeadlineExceeded,
     EngineFault,
@@ -22,7 +24,7 @@ from adapters.errors import (
     NotReady,
     QueueFull,
 )
-from serving.engine.request import Event, Failed, Finished, FinishReason, Timing, Tokens
+from serving.engine.request import Event, Failed, Finished, FinishReason, PromptLogprobs, Timing, Tokens
 from serving.resolver import Weights
 from serving.text import AnswerText, Emission, TokenInfo
 
@@ -167,11 +169,14 @@ class Answer:
             for sequence in self.sequences:
                 sequence.task = loop.create_task(self._pump(sequence))
             self._timer = loop.call_later(self.head.deadline_s, self._notes.put_nowait, (-1, _Deadline()))
-            index, note = await self._notes.get()
-            if not isinstance(note, Tokens | Finished):
-                raise self._refusal(note)
+            while True:
+                index, note = await self._notes.get()
+                if not isinstance(note, PromptLogprobs | Tokens | Finished):
+                    raise self._refusal(note)
+                self._stash.append((index, note))
+                if not isinstance(note, PromptLogprobs):
+                    break
             self.timing = note.timing
-            self._stash.append((index, note))
         except BaseException as error:
             self._fail(error)
             raise
@@ -185,6 +190,9 @@ class Answer:
         try:
             while left:
                 index, note = self._stash.popleft() if self._stash else await self._notes.get()
+                if isinstance(note, PromptLogprobs):
+                    self.sequences[index].text.hear(note.logprobs)
+                    continue
                 if not isinstance(note, Tokens | Finished):
                     if index >= 0 and self.sequences[index].finish is not None:
                         continue
@@ -324,6 +332,13 @@ def engine_error(failed: Failed, model: str) -> LoraplaneError:
             return EngineLost("The engine was lost while it worked on this request.", hint or 2.0)
         case AdapterLoadFailed.code:
             return AdapterLoadFailed(f"{model} could not be loaded.", hint)
+        case AdapterNumerics.code:
+            return AdapterNumerics(f"{model} gives no finite numbers for this prompt.", None)
+        case AdapterQuarantined.code:
+            return AdapterQuarantined(
+                f"{model} gave no finite numbers repeatedly and is set aside; try again later, or ask another version.",
+                hint,
+            )
         case DeadlineExceeded.code:
             return DeadlineExceeded("The request was not complete before its deadline.")
         case Cancelled.code:

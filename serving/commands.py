@@ -35,6 +35,7 @@ class Wishes:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    no_repeat_ngram_size: int = 0
     skip_special_tokens: bool = True
     deadline_s: float | None = None
     request_id: str = ""
@@ -52,7 +53,9 @@ class ChatCommand:
 
 @dataclass(frozen=True, slots=True)
 class CompletionCommand:
-    """Continue raw prompts, each a text or token ids."""
+    """Continue raw prompts, each a text or token ids. echo: show each prompt before its answer; the log-probabilities
+    asked for are then of its tokens too, and max_tokens may be 0."""
 
     wishes: Wishes
     prompts: tuple[str | tuple[int, ...], ...]
+    echo: bool = False

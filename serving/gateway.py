@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from adapters.errors import ContextLengthExceeded, InvalidRequest, NotReady
+from adapters.errors import ContextLengthExceeded, InvalidRequest, NotReady, UnsupportedParameter
 from adapters.prompts import PromptRenderer
 from adapters.records import PromptFormat
 from serving.answers import Answer, Head, NoObserver, Observer, Track
@@ -18,7 +18,7 @@ from serving.door import EngineDoor
 from serving.engine.request import EngineFacts, Sampling
 from serving.limits import Admission, GatewayLimits
 from serving.resolver import Resolver, Target
-from serving.text import AnswerText
+from serving.text import AnswerText, Echo
 
 
 class BaseTokenizer(PromptRenderer, Protocol):
@@ -81,9 +81,10 @@ class Gateway:
         try:
             self._check_count(command)
             target = await self.resolver.resolve(command.wishes.model)
+            self._check_echo(command)
             prompts = [await self.encode(p) if isinstance(p, str) else list(p) for p in command.prompts]
             limit = self.limits.default_completion_tokens
-            answer = self._answer("cmpl", command.wishes, target, prompts, "prompt", limit, started)
+            answer = self._answer("cmpl", command.wishes, target, prompts, "prompt", limit, started, command)
         except BaseException:
             self.admission.leave()
             raise
@@ -123,13 +124,14 @@ class Gateway:
         param: str,
         default_tokens: int,
         started: float,
+        raw: CompletionCommand | None = None,
     ) -> Answer:
         facts = self.facts()
         fmt = target.prompt_format
         self._check(wishes, prompts, param)
         asked = wishes.max_tokens if wishes.max_tokens is not None else fmt.defaults.max_tokens
-        max_tokens = _max_tokens(wishes.max_tokens, asked or default_tokens, prompts, facts, param)
-        sampling = self._sampling(wishes, fmt, max_tokens)
+        max_tokens = _max_tokens(wishes.max_tokens, default_tokens if asked is None else asked, prompts, facts, param)
+        sampling = self._sampling(wishes, fmt, max_tokens, scored=raw is not None and raw.echo)
         deadline_s = min(self.limits.request_deadline_s, wishes.deadline_s or self.limits.request_deadline_s)
         ends = frozenset(wishes.stop_token_ids) | frozenset(() if wishes.ignore_eos else facts.stop_token_ids)
         head = Head(
@@ -145,27 +147,50 @@ class Gateway:
             Track(
                 index=at * wishes.n + choice,
                 events=self.door.submit(prompt, sampling, target.weights.digest, choice, deadline_s, wishes.tenant),
-                text=self._text(wishes, fmt, ends),
+                text=self._text(wishes, fmt, ends, prompt, raw, at),
             )
             for at, prompt in enumerate(prompts)
             for choice in range(wishes.n)
         ]
         return Answer(head, sequences, self._observer, self._monotonic, self.admission.leave, started)
 
-    def _text(self, wishes: Wishes, fmt: PromptFormat, ends: frozenset[int]) -> AnswerText:
+    def _text(
+        self,
+        wishes: Wishes,
+        fmt: PromptFormat,
+        ends: frozenset[int],
+        prompt: Sequence[int],
+        raw: CompletionCommand | None,
+        at: int,
+    ) -> AnswerText:
+        """The text of an answer. raw, at: the command and which of its prompts is continued; None for a conversation,
+        whose answer is a text of its own."""
+        echo = self._echo(raw, at, prompt) if raw is not None and raw.echo else None
+        scored = echo is not None and wishes.logprobs is not None
+        goes_on = raw is not None and not scored and not self.facts().max_answer_len
+        skip = wishes.skip_special_tokens
         return AnswerText(
-            self.renderer.stream(skip_special_tokens=wishes.skip_special_tokens),
+            self.renderer.stream(skip_special_tokens=skip, after=prompt if goes_on else ()),
             (*wishes.stops, *fmt.stops),
             include_stop=wishes.include_stop,
             stop_ids=ends,
             min_tokens=wishes.min_tokens,
             describe=None if wishes.logprobs is None else self._describe,
+            echo=echo,
         )
+
+    def _echo(self, raw: CompletionCommand, at: int, prompt: Sequence[int]) -> Echo:
+        given = raw.prompts[at]
+        if isinstance(given, str):
+            return Echo(tuple(prompt), given)
+        if raw.wishes.logprobs is not None:  # told of token by token, and read on the way
+            return Echo(tuple(prompt), None)
+        return Echo((), self.renderer.decode(prompt, skip_special_tokens=raw.wishes.skip_special_tokens))
 
     def _describe(self, token: int) -> str:
         return self.renderer.decode([token], skip_special_tokens=False)
 
-    def _sampling(self, wishes: Wishes, fmt: PromptFormat, max_tokens: int) -> Sampling:
+    def _sampling(self, wishes: Wishes, fmt: PromptFormat, max_tokens: int, *, scored: bool) -> Sampling:
         return Sampling(
             max_tokens=max_tokens,
             temperature=_first(wishes.temperature, fmt.defaults.temperature, 1.0),
@@ -181,6 +206,8 @@ class Gateway:
             repetition_penalty=wishes.repetition_penalty,
             logit_bias=tuple(sorted(wishes.logit_bias.items())),
             logprobs=wishes.logprobs,
+            prompt_logprobs=wishes.logprobs if scored else None,
+            no_repeat_ngram_size=wishes.no_repeat_ngram_size,
         )
 
     def _check(self, wishes: Wishes, prompts: Sequence[Sequence[int]], param: str) -> None:
@@ -202,6 +229,14 @@ class Gateway:
                 raise InvalidRequest("The prompt has no tokens.", param)
             _check_ids(prompt, vocabulary, param)
 
+    def _check_echo(self, command: CompletionCommand) -> None:
+        if command.echo and self.facts().max_answer_len:
+            raise UnsupportedParameter(
+                "This base is an encoder-decoder: its answer does not go on from the prompt, so there is nothing to "
+                "repeat and the prompt has no log-probabilities; leave echo out.",
+                "echo",
+            )
+
     def _writes_newlines(self) -> bool:
         ids = self.renderer.encode("a\nb", add_special_tokens=False)
         return "\n" in self.renderer.decode(ids)
@@ -217,6 +252,8 @@ def _max_tokens(
 ) -> int:
     """The bound on new tokens. What was asked for must fit; a default is cut to what the context has left."""
     longest = max(map(len, prompts))
+    if given == 0 and longest <= facts.max_model_len:
+        return 0
     room = facts.room(longest)
     if room < 1 or (given is not None and given > room):
         if facts.max_answer_len and room:

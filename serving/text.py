@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serving.engine.request import TokenLogprob
@@ -21,15 +21,24 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenInfo:
-    """One generated token with its log-probability. offset: where its text begins in the answer, in characters.
+    """One token with its log-probability. offset: where its text begins in what is shown, in characters.
 
-    top: the most likely tokens at its place, as (text, logprob), most likely first.
+    top: the most likely tokens at its place, as (text, logprob), most likely first. logprob None: the first token of
+    a repeated prompt, which nothing precedes.
     """
 
     text: str
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[str, float], ...]
     offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that is repeated before its answer. text: as the caller wrote it; None: as its tokens read."""
+
+    ids: tuple[int, ...]
+    text: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,9 @@ class AnswerText:
 
     stop_ids: tokens that end the answer and, unless include_stop, are not part of it. Stops count only after
     min_tokens tokens. describe: the text of one token id, for log-probabilities; None when none are wanted.
+    echo: a prompt to show first. With log-probabilities the decoder must start with the prompt, else behind it; and
+    then each token is told of, those of the prompt and those whose text a stop cut off too: who scores texts counts
+    on one entry a token.
     """
 
     def __init__(
@@ -99,6 +111,7 @@ class AnswerText:
         stop_ids: frozenset[int],
         min_tokens: int,
         describe: Callable[[int], str] | None,
+        echo: Echo | None = None,
     ) -> None:
         self._decoder = decoder
         self._scanner = StopScanner(stops, include_stop)
@@ -109,19 +122,50 @@ class AnswerText:
         self._decoded = 0  # characters decoded so far
         self._shown = 0  # characters handed out so far
         self._waiting: list[TokenInfo] = []
+        self._echo = echo
+        self._scores = echo is not None and describe is not None
+        self._repeated = 0  # prompt tokens told of
+        self._prompt = ""  # as they read
+        self._begun = False
         self.num_tokens = 0
+        if self._scores:
+            self._repeat(None)
+
+    def hear(self, logprobs: Sequence[TokenLogprob]) -> None:
+        """Take log-probabilities of the prompt's next tokens; the first one has none."""
+        for logprob in logprobs:
+            self._repeat(logprob)
+
+    def _repeat(self, logprob: TokenLogprob | None) -> None:
+        if self._echo is None or self._describe is None or self._repeated >= len(self._echo.ids):
+            return
+        token = self._echo.ids[self._repeated]
+        offset = len(self._prompt) if self._echo.text is None else min(len(self._prompt), len(self._echo.text))
+        self._waiting.append(self._info(token, logprob, self._describe, offset))
+        self._prompt += self._decoder.push(token)
+        self._repeated += 1
+
+    def _opening(self) -> str:
+        """The repeated prompt, once."""
+        if self._begun or self._echo is None:
+            return ""
+        self._begun = True
+        opening = self._prompt if self._echo.text is None else self._echo.text
+        self._decoded = len(opening)
+        return opening
 
     def push(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> Emission:
         """What these tokens let us show."""
-        shown = ""
+        shown = self._opening()
         for place, token in enumerate(ids):
             self.num_tokens += 1
             counts = self.num_tokens > self._min_tokens
-            if counts and token in self._stop_ids and not self._include_stop:
+            ends = counts and token in self._stop_ids and not self._include_stop
+            text = "" if ends else self._decoder.push(token)
+            if self._describe is not None and place < len(logprobs) and (self._scores or not ends):
+                self._waiting.append(self._info(token, logprobs[place], self._describe, self._decoded))
+            if ends:
                 continue
-            text = self._decoder.push(token)
-            if self._describe is not None and place < len(logprobs):
-                self._waiting.append(self._info(token, logprobs[place], self._describe))
             self._decoded += len(text)
             shown += self._scanner.feed(text) if counts else text
             if self._scanner.hit:
@@ -130,9 +174,10 @@ class AnswerText:
 
     def finish(self) -> Emission:
         """The rest, when no more tokens come. A stop string may still be met in it."""
+        shown = self._opening()
         tail = self._decoder.flush()
         self._decoded += len(tail)
-        shown = self._scanner.feed(tail)
+        shown += self._scanner.feed(tail)
         if not self._scanner.hit:
             shown += self._scanner.flush()
         return self._emit(shown, ended=True)
@@ -140,10 +185,15 @@ class AnswerText:
     def _emit(self, shown: str, ended: bool) -> Emission:
         self._shown += len(shown)
         # A token is told of when the first of its text is; at the end, those without text (half characters) too.
-        ready = [t for t in self._waiting if t.offset < self._shown or (ended and not self._scanner.hit)]
+        every = ended and (self._scores or not self._scanner.hit)
+        ready = [t for t in self._waiting if t.offset < self._shown or every]
+        if every:  # no offset lies behind the end of what is shown
+            ready = [t if t.offset <= self._shown else replace(t, offset=self._shown) for t in ready]
         self._waiting = [] if ended else self._waiting[len(ready) :]
         return Emission(shown, tuple(ready), self._scanner.hit)
 
-    def _info(self, token: int, logprob: TokenLogprob, describe: Callable[[int], str]) -> TokenInfo:
+    def _info(self, token: int, logprob: TokenLogprob | None, describe: Callable[[int], str], offset: int) -> TokenInfo:
+        if logprob is None:
+            return TokenInfo(describe(token), None, (), offset)
         top = tuple((describe(other), max(value, UNLIKELY)) for other, value in logprob.top)
-        return TokenInfo(describe(token), max(logprob.chosen, UNLIKELY), top, self._decoded)
+        return TokenInfo(describe(token), max(logprob.chosen, UNLIKELY), top, offset)

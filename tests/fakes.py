@@ -18,6 +18,7 @@ from serving.engine.request import (
     Finished,
     FinishReason,
     Heartbeat,
+    PromptLogprobs,
     Sampling,
     SlotState,
     Timing,
@@ -61,8 +62,8 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
-        return TextStream(self._tokenizer, skip_special_tokens)
+    def stream(self, *, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> TextStream:
+        return TextStream(self._tokenizer, skip_special_tokens, after)
 
 
 @dataclass
@@ -189,7 +190,10 @@ class FakeEngine:
             return
         timing = Timing(queue_s=0.001, load_s=0.002, prefill_s=0.003, decode_s=0.004, source="disk")
         sampling, reason = submission.sampling, FinishReason.LENGTH
-        for step in self.script(submission):
+        if sampling.prompt_logprobs is not None:
+            for token in submission.prompt[1:]:
+                yield PromptLogprobs(number, (_logprob(token, sampling.prompt_logprobs),))
+        for step in self.script(submission) if sampling.max_tokens else ():
             await asyncio.sleep(self.pause_s)
             await self.gate.wait()
             if isinstance(step, Failed):

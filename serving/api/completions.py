@@ -77,7 +77,7 @@ def mount(app: FastAPI, services: Services) -> None:
     )
     async def completions(request: Request, body: CompletionRequest) -> Response:
         wishes = _wishes(request, body, max_tokens=body.max_tokens, logprobs=body.logprobs)
-        command = CompletionCommand(wishes, body.prompts)
+        command = CompletionCommand(wishes, body.prompts, echo=bool(body.echo))
         if body.stream:
             answer = await unless_gone(request, gateway.completion(command))
             return EventStream(answer, _completion_events(answer, body), answer_headers(answer, body), metrics)
@@ -158,6 +158,7 @@ def _wishes(request: Request, body: Generation, *, max_tokens: int | None, logpr
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
         logprobs=logprobs,
+        no_repeat_ngram_size=body.no_repeat_ngram_size or 0,
         skip_special_tokens=body.skip_special_tokens is not False,
         # Of a stream it bounds the silence between two chunks, not the whole answer.
         deadline_s=None if body.stream else read_timeout(request.headers.get("x-stainless-read-timeout")),

@@ -141,11 +141,11 @@ class ChatCompletion(Named):
 
 
 class CompletionLogprobs(Shape):
-    """Parallel arrays over the tokens of an answer."""
+    """Parallel arrays over the tokens of an answer, and of its prompt if that is repeated: its first token has null."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -134,7 +134,7 @@ class Generation(Closed):
     )
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
@@ -150,6 +150,7 @@ class Generation(Closed):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=100), WHOLE] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128), WHOLE] | None = None
@@ -217,6 +218,7 @@ class ChatRequest(Generation):
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
@@ -265,14 +267,20 @@ Prompt = str | Annotated[list[Text], Field(min_length=1)] | TokenIds | Annotated
 class CompletionRequest(Generation):
     """POST /v1/completions. The prompt is a text, texts, token ids, or lists of token ids."""
 
-    unsupported = Generation.unsupported | {"best_of", "echo", "suffix"}
+    unsupported = Generation.unsupported | {"best_of", "suffix"}
 
     prompt: Annotated[Prompt, WHOLE]
     logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    echo: bool | None = None
 
     best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def _nothing_new_needs_echo(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("max_tokens", "max_tokens: 0 needs echo: true; else ask for 1 or more")
+        return self
 
     @property
     def prompts(self) -> tuple[str | tuple[int, ...], ...]:

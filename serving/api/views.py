@@ -72,6 +72,7 @@ def chat_logprobs(tokens: Sequence[TokenInfo], top: int) -> Json:
     content = [
         {**_token(t.text, t.logprob), "top_logprobs": [_token(text, value) for text, value in t.top[:top]]}
         for t in tokens
+        if t.logprob is not None
     ]
     return {"content": content, "refusal": None}
 
@@ -83,7 +84,10 @@ def completion_choice(index: int, text: str, tokens: Sequence[TokenInfo], top: i
 
 
 def completion_logprobs(tokens: Sequence[TokenInfo], top: int) -> Json:
-    """Log-probabilities in the shape of completions: parallel arrays. The chosen token is always among the top."""
+    """Log-probabilities in the shape of completions: parallel arrays. The chosen token is always among the top.
+
+    The first token of a repeated prompt has null in both.
+    """
     return {
         "tokens": [t.text for t in tokens],
         "token_logprobs": [t.logprob for t in tokens],
@@ -92,7 +96,9 @@ def completion_logprobs(tokens: Sequence[TokenInfo], top: int) -> Json:
     }
 
 
-def _best(token: TokenInfo, top: int) -> dict[str, float]:
+def _best(token: TokenInfo, top: int) -> dict[str, float] | None:
+    if token.logprob is None:
+        return None
     best: dict[str, float] = {}
     for text, value in token.top[:top]:
         best.setdefault(text, value)  # of tokens that read alike, the likeliest

@@ -24,7 +24,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    os.environ["LORAPLANE_TEST_DEVICE"] = str(config.getoption("--device"))
+    device = str(config.getoption("--device"))
+    if device != "cpu":
+        _check_card(device)
+    else:
+        # Read when the CUDA kernels are imported: without a card they run under Triton's interpreter.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["LORAPLANE_TEST_DEVICE"] = device
+
+
+def _check_card(device: str) -> None:
+    """Raises UsageError unless torch can use this device."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        reason = str(error).partition("\n")[0]
+        raise pytest.UsageError(f"--device {device}: torch cannot use it here ({reason}); try --device cpu") from None
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
         },
     ),
+    "llama, tied head": lambda: LlamaConfig(**COMMON, tie_word_embeddings=True),
     "mistral, window of 20": lambda: MistralConfig(**COMMON, sliding_window=20),
     "mistral, no window": lambda: MistralConfig(**COMMON, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**COMMON),
@@ -66,30 +67,42 @@ LOGIT_ERROR = 1e-4
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     folder = tmp_path_factory.mktemp("family")
     base = save_random(FAMILIES[request.param](), folder / "base", seed=3)
-    conv = request.param == "gpt2"
-    targets = (
-        (("c_attn",), ("c_attn", "c_proj", "c_fc"))
-        if conv
-        else (("q_proj", "v_proj"), ("o_proj", "down_proj", "up_proj"))
-    )
-    adapters = [
-        save_adapter(base, folder / f"a{n}", seed=n, rank=3 + 5 * n, targets=t, fan_in_fan_out=conv)
-        for n, t in enumerate(targets)
+    return base, [
+        save_adapter(base, folder / f"a{n}", seed=n, **adapter)
+        for n, adapter in enumerate(variants(conv=request.param == "gpt2"))
     ]
-    return base, adapters
+
+
+def variants(*, conv: bool) -> list[dict[str, Any]]:
+    """Adapters that share a batch: different ranks, targets, patterns and scales, the ends, and DoRA of all that."""
+    embedding, first, others = (
+        ("wte", "c_attn", ("c_proj", "c_fc"))
+        if conv
+        else ("embed_tokens", "q_proj", ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    )
+    return [
+        {"rank": 3, "targets": (first,), "fan_in_fan_out": conv},
+        {"rank": 8, "targets": others, "rslora": True},
+        {"rank": 4, "targets": (first, *others), "rank_pattern": {first: 9}, "alpha_pattern": {others[0]: 3}},
+        {"rank": 5, "targets": (embedding, first)},
+        {"rank": 2, "targets": ("lm_head",)},
+        {"rank": 6, "targets": (first, others[1]), "dora": True},
+        {"rank": 4, "targets": (first, *others, embedding, "lm_head"), "dora": True, "rslora": True},
+    ]
 
 
 def test_prefill_and_decoding_equal_transformers_and_peft(family: tuple[Path, list[Path]]) -> None:
-    """Three rows, base and two adapters, prompts of 30 to 50 tokens in two chunks, then 12 greedy tokens each."""
+    """Eight rows, base and seven adapters, prompts of 29 to 50 tokens in two chunks, then 12 greedy tokens each."""
     base, adapters = family
     decoder = load_tiny(base)
-    runner = DecoderRunner(decoder, 3, make_slots(decoder, 2, 64))
+    rows = 1 + len(adapters)
+    runner = DecoderRunner(decoder, rows, make_slots(decoder, len(adapters), 64))
     oracles = [Oracle(base, None), *(Oracle(base, a) for a in adapters)]
     for number, folder in enumerate(adapters, start=1):
         runner.install(number, read_peft(folder))
     greedy = Sampling(max_tokens=99, temperature=0.0, ignore_eos=True)
-    prompts = [[3 + (11 * i + 5 * j * j) % 250 for j in range(50 - 10 * i)] for i in range(3)]
-    slots = [NO_SLOT, 1, 2]
+    prompts = [[3 + (11 * i + 5 * j * j) % 250 for j in range(50 - 3 * i)] for i in range(rows)]
+    slots = [NO_SLOT, *range(1, rows)]
 
     def plan(row: int, start: int, tokens: list[int]) -> RowPlan:
         return RowPlan(Key((0, row)), row, slots[row], start, tuple(tokens), True, greedy, 0, 0)
@@ -107,7 +120,7 @@ def test_prefill_and_decoding_equal_transformers_and_peft(family: tuple[Path, li
             ids[i].append(int(logits[i].argmax()))
     print(f"largest difference {worst:.2e}")
     assert worst <= LOGIT_ERROR
-    assert len({tuple(i) for i in ids}) == 3
+    assert len({tuple(i) for i in ids}) == rows
 
 
 def test_bfloat16_on_this_machine_is_as_near_as_transformers_own(family: tuple[Path, list[Path]]) -> None:

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, BartConfig, T5Config
 
+from adapters.base_digest import tensors
 from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan
 from serving.engine.request import Sampling
 from serving.engine.runner import make_slots
 from serving.engine.seq2seq import EncoderDecoder, load_encoder_decoder
 from serving.engine.seq2seq_runner import Seq2SeqRunner
 from tests.engine_case import DEVICE, read_peft
+from tests.tiny_base import save_adapter as save_peft
 from tests.tiny_base import save_random_seq2seq
 
 SEED = 20261122
@@ -54,23 +56,19 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         else ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     )
     targets = [["q", "v"] if t5 else ["q_proj", "v_proj"], everything]
-    return saved, [save_adapter(saved, folder / f"a{i}", i, t) for i, t in enumerate(targets)]
+    adapters = [save_adapter(saved, folder / f"a{i}", i, t) for i, t in enumerate(targets)]
+    return saved, [*adapters, save_adapter(saved, folder / "dora", 5, everything, dora=True)]
 
 
-def save_adapter(base: Path, folder: Path, seed: int, targets: list[str]) -> Path:
-    torch.manual_seed(seed)
-    model = AutoModelForSeq2SeqLM.from_pretrained(base)
-    names = {n.rpartition(".")[2] for n, _ in model.named_modules()}
-    config = LoraConfig(
-        r=4 + seed, lora_alpha=8, target_modules=[t for t in targets if t in names], task_type="SEQ_2_SEQ_LM"
-    )
-    peft = get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.2)
-    peft.save_pretrained(folder)
-    return folder
+def save_adapter(base: Path, folder: Path, seed: int, targets: list[str], *, dora: bool = False) -> Path:
+    """An adapter on those of the targets that this base has."""
+    gated = "wi_0.weight" in {name.rpartition("DenseReluDense.")[2] for name in tensor_names(base)}
+    there = [t for t in targets if t not in (("wi",) if gated else ("wi_0", "wi_1"))]
+    return save_peft(base, folder, seed, rank=4 + seed, targets=there, dora=dora, seq2seq=True)
+
+
+def tensor_names(base: Path) -> list[str]:
+    return [entry.name for entry in tensors(base)]
 
 
 class Oracle:
@@ -97,7 +95,7 @@ def runner_of(base: Path, adapters: list[Path], rows: int, dtype: torch.dtype) -
 
 
 def test_rows_that_join_and_leave_answer_as_each_adapter_alone(base: tuple[Path, list[Path]]) -> None:
-    """24 requests of 1 to 60 input tokens through 5 rows, base and two adapters, 1 to 30 tokens each, every logit."""
+    """24 requests of 1 to 60 input tokens through 5 rows, base and three adapters, 1 to 30 tokens each, every logit."""
     folder, adapters = base
     print(f"seed {SEED}")
     rng = random.Random(SEED)
@@ -105,7 +103,7 @@ def test_rows_that_join_and_leave_answer_as_each_adapter_alone(base: tuple[Path,
     oracles = [Oracle(folder, None), *(Oracle(folder, a) for a in adapters)]
     greedy = Sampling(max_tokens=99, temperature=0.0, ignore_eos=True)
     waiting = [
-        (rng.randrange(3), [rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 60))], rng.randint(1, 30))
+        (rng.randrange(4), [rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 60))], rng.randint(1, 30))
         for _ in range(24)
     ]
     running: dict[int, tuple[int, list[int], int, list[int]]] = {}
@@ -159,7 +157,7 @@ def test_in_bfloat16_a_row_is_bit_for_bit_independent_of_its_batch(base: tuple[P
     folder, adapters = base
     rng = random.Random(SEED)
     greedy = Sampling(max_tokens=9, temperature=0.0)
-    asked = [(i % 3, tuple(rng.randrange(3, VOCAB) for _ in range(5 + 11 * i))) for i in range(6)]
+    asked = [(i % 4, tuple(rng.randrange(3, VOCAB) for _ in range(5 + 11 * i))) for i in range(6)]
     together, _ = runner_of(folder, adapters, 6, torch.bfloat16)
     alone, _ = runner_of(folder, adapters, 6, torch.bfloat16)
 

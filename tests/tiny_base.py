@@ -98,25 +98,33 @@ def save_adapter(
     targets: Sequence[str] = ALL_LINEAR,
     rslora: bool = False,
     rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, int] | None = None,
     scale: float = 0.2,
     fan_in_fan_out: bool = False,
+    dora: bool = False,
+    seq2seq: bool = False,
 ) -> Path:
     """Save a random PEFT adapter whose B is not zero, so that its answers differ from the base's."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    model = kind.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=list(targets),
         use_rslora=rslora,
         rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
         fan_in_fan_out=fan_in_fan_out,
-        task_type="CAUSAL_LM",
+        use_dora=dora,
+        task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
     )
     peft = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude_vector" in name:  # it begins as the norm of the base's rows
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+            elif "lora_" in name:
                 parameter.normal_(0.0, scale)
     peft.save_pretrained(folder)
     return folder

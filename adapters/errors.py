@@ -93,18 +93,24 @@ class UnsupportedParameter(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt and requested tokens do not fit the context. max_tokens 0: none was asked for, the prompt fills it."""
+    """Prompt and requested tokens do not fit the context. max_tokens 0: none was asked for, the prompt fills it.
+
+    encoder: the prompt has a place of its own, and is too long for it.
+    """
 
     code = "context_length_exceeded"
 
-    def __init__(self, prompt_tokens: int, max_tokens: int, limit: int, param: str = "messages") -> None:
-        if max_tokens and prompt_tokens < limit:
+    def __init__(
+        self, prompt_tokens: int, max_tokens: int, limit: int, param: str = "messages", *, encoder: bool = False
+    ) -> None:
+        if encoder:
+            rest = ". Shorten the prompt."
+        elif max_tokens and prompt_tokens < limit:
             rest = f" and {max_tokens} more were asked for. Shorten the prompt or lower max_tokens."
         else:
             rest = ", which leaves no room for an answer. Shorten the prompt."
-        super().__init__(
-            f"This model's context holds at most {limit} tokens; the prompt has {prompt_tokens}{rest}", param
-        )
+        holds = "encoder reads" if encoder else "context holds"
+        super().__init__(f"This model's {holds} at most {limit} tokens; the prompt has {prompt_tokens}{rest}", param)
         self.prompt_tokens, self.max_tokens, self.limit = prompt_tokens, max_tokens, limit
 
 
@@ -300,6 +306,18 @@ class AdapterLoadFailed(Unavailable):
     """A published adapter could not be brought into a slot."""
 
     code = "adapter_load_failed"
+
+
+class AdapterNumerics(Unavailable):
+    """A published adapter made the model's numbers infinite for this prompt."""
+
+    code = "adapter_numerics"
+
+
+class AdapterQuarantined(Unavailable):
+    """A published adapter failed repeatedly and is not asked for a while."""
+
+    code = "adapter_quarantined"
 
 
 class EngineFault(Unavailable):

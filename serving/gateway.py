@@ -65,6 +65,12 @@ class Gateway:
         self.admission.enter()
         try:
             target = await self.resolver.resolve(command.wishes.model)
+            if command.continue_final and self.facts().max_answer_len:
+                raise UnsupportedParameter(
+                    "This base is an encoder-decoder: its answer is a text of its own and cannot go on from a message; "
+                    "leave continue_final_message out.",
+                    "continue_final_message",
+                )
             prompt = await self.render(command, target.prompt_format)
             limit = self.limits.default_chat_tokens
             answer = self._answer("chatcmpl", command.wishes, target, [prompt], "messages", limit, started)
@@ -219,7 +225,9 @@ class Gateway:
         if any(len(stop) > limits.max_stop_chars for stop in wishes.stops):
             raise InvalidRequest(f"A stop text may have at most {limits.max_stop_chars} characters.", "stop")
         if self.facts().max_answer_len and any("\n" in stop for stop in wishes.stops) and not self._writes_newlines():
-            raise InvalidRequest("This model's vocabulary has no line break, so such a stop is never met.", "stop")
+            raise UnsupportedParameter(
+                "This model's vocabulary has no line break, so such a stop is never met; leave it out.", "stop"
+            )
         if len(wishes.logit_bias) > limits.max_logit_bias:
             raise InvalidRequest(f"logit_bias may hold at most {limits.max_logit_bias} tokens.", "logit_bias")
         _check_ids(wishes.logit_bias, vocabulary, "logit_bias")
@@ -258,7 +266,8 @@ def _max_tokens(
     if room < 1 or (given is not None and given > room):
         if facts.max_answer_len and room:
             raise InvalidRequest(f"This model's answers have at most {room} tokens; lower max_tokens.", "max_tokens")
-        raise ContextLengthExceeded(longest, given or 0, facts.max_model_len, param)
+        encoder = bool(facts.max_answer_len)
+        raise ContextLengthExceeded(longest, given or 0, facts.max_model_len, param, encoder=encoder)
     return min(wanted, room)
 
 

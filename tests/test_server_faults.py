@@ -19,6 +19,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
+import torch
 
 from adapters.prompts import Message, Renderer
 from adapters.records import PromptFormat
@@ -94,6 +95,28 @@ def test_the_strict_openai_sdk_is_content_with_the_real_server(server: LiveServe
     assert {m.id for m in client.models.list()} >= {"base", "alpha", "beta@1"}
     with pytest.raises(openai.NotFoundError, match="alpha"):
         client.chat.completions.create(model="alpa", messages=[{"role": "user", "content": "hi"}])
+
+
+def test_a_prompt_is_scored_over_http_as_the_reference_scores_it(
+    server: LiveServer, tiny_base: Path, tiny_adapters: list[Path]
+) -> None:
+    """As lm-eval asks: ids in, one token more, everything repeated; its sum over a continuation is the reference's."""
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    prompts = [[rng.randrange(3, 250) for _ in range(length)] for length in (2, 30, 90, 200)]
+    wishes = {"max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
+    for name, adapter in (("base", None), ("beta", tiny_adapters[1])):
+        oracle = Oracle(tiny_base, adapter)
+        with server.client() as client:
+            answer = client.post("/v1/completions", json={"model": name, "prompt": prompts, **wishes}).json()
+        for prompt, choice in zip(prompts, answer["choices"], strict=True):
+            told = choice["logprobs"]
+            table = torch.log_softmax(oracle.logits(prompt), dim=-1)
+            expected = [float(table[at, token]) for at, token in enumerate(prompt[1:])]
+            assert told["token_logprobs"][0] is None
+            assert told["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-3)
+            best = [max(top.values()) for top in told["top_logprobs"][1:-1]]
+            assert best == pytest.approx(table.amax(dim=-1)[:-1].tolist(), abs=1e-3)
 
 
 def test_a_flip_under_a_running_stream_leaves_it_and_moves_the_next(

@@ -51,7 +51,8 @@ def build_gateway(
         return EngineView(door.facts, door.heartbeat, door.heartbeat_age_s, gateway.admission.inflight)
 
     limits = {**settings.figures, **(engine_limits or {})}
-    longest = base.max_positions
+    # A base without positions that could run out (T5) has none to say.
+    longest = base.max_positions or int(limits.get("engine_context_tokens", 8192))
     metrics = Metrics(base.name, look=look, name_of=resolver.name_of, limits=limits, max_tokens=longest)
     gateway = Gateway(door, resolver, renderer, settings.gateway, metrics)
     return gateway, metrics

@@ -18,12 +18,11 @@ def gain(base: BaseWeights, module: str, transposed: bool, a: Tensor, b: Tensor,
     squares = torch.zeros(len(b), dtype=torch.float64)
     for first, piece in base.pieces(module):
         rows = torch.from_numpy(piece)
+        end = first + len(rows)
         if transposed:
-            changed = torch.addmm(rows, a[:, first : first + len(rows)].T, b.T)
-            squares += changed.double().square().sum(0)
+            squares += rows.addmm_(a[:, first:end].T, b.T).square_().sum(0)
         else:
-            changed = torch.addmm(rows, b[first : first + len(rows)], a)
-            squares[first : first + len(rows)] = changed.double().square().sum(1)
+            squares[first:end] = rows.addmm_(b[first:end], a).square_().sum(1).double()
     found = (magnitude.double() / squares.sqrt()).float()
     if not bool(found.isfinite().all()):
         raise AdapterLoadFailed(f"DoRA's gains of {module} are not finite: a weight's norm is zero", retry_after_s=None)

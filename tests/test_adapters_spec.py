@@ -278,12 +278,38 @@ def test_a_model_id_reads_back_as_it_was_written_or_is_refused(text: str) -> Non
     assert text.isascii()
 
 
-@settings(max_examples=300, deadline=None)
+T5_MODULES = [
+    f"decoder.block.{i}.layer.{j}.{module}"
+    for i in range(3)
+    for j, module in enumerate(["SelfAttention.q", "EncDecAttention.v", "DenseReluDense.wi_0"])
+]
+
+
+@settings(max_examples=400, deadline=None)
 @given(
-    targets=st.lists(st.sampled_from(["q_proj", "v_proj", "1.self_attn.q_proj", "proj", "down_proj"]), min_size=1),
-    excluded=st.lists(st.sampled_from(["v_proj", "0.self_attn.q_proj", "model.layers.2.mlp.down_proj"])),
+    targets=st.lists(
+        st.sampled_from(
+            [
+                "q_proj",
+                "v_proj",
+                "1.self_attn.q_proj",
+                "proj",
+                "down_proj",
+                "lm_head",
+                "embed_tokens",
+                "q",
+                "wi_0",
+                "model.embed_tokens",
+                "decoder.block.1.layer.0.SelfAttention.q",
+                "layer.2.DenseReluDense.wi_0",
+            ]
+        ),
+        min_size=1,
+    ),
+    excluded=st.lists(st.sampled_from(["v_proj", "0.self_attn.q_proj", "model.layers.2.mlp.down_proj", "lm_head"])),
     layers=st.none() | st.integers(0, 3) | st.lists(st.integers(0, 3), min_size=1),
-    pattern=st.none() | st.sampled_from(["layers", "h", ["layers"], ["h", "layers"]]),
+    pattern=st.none()
+    | st.sampled_from(["layers", "h", "block", "layer", ["layers"], ["h", "layers"], ["layer", "block"], []]),
 )
 def test_what_the_config_leaves_out_is_what_peft_leaves_out(
     targets: list[str], excluded: list[str], layers: int | list[int] | None, pattern: str | list[str] | None
@@ -295,5 +321,5 @@ def test_what_the_config_leaves_out_is_what_peft_leaves_out(
     more |= {"layers_to_transform": layers, "layers_pattern": pattern if layers is not None else None}
     spec = parse_spec(lora_config(4, **more))
     theirs = peft.LoraConfig(r=4, **more)
-    for module in modules(layers=3):
+    for module in [*modules(layers=3), *T5_MODULES, "lm_head", "model.embed_tokens"]:
         assert (spec.contradicts(module) is None) is bool(check_target_module_exists(theirs, module)), module

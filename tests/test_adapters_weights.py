@@ -361,6 +361,77 @@ def mutant(data: bytes, rng: random.Random) -> bytes:
 
 
 MUTANTS = 3000
+ENDS = modules() | {"model.embed_tokens": (16, 20), "lm_head": (20, 16)}
+
+
+def rich(**changes: np.ndarray[Any, Any]) -> bytes:
+    """An adapter of a linear module, embedding and head with DoRA, and the copy of the head that PEFT saves beside it."""
+    tensors = lora_tensors(shapes={**modules(layers=1), "lm_head": (20, 16)}, targets=("q_proj", "lm_head"))
+    tensors |= {
+        "base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 20), "f4"),
+        "base_model.model.model.embed_tokens.lora_embedding_B": np.ones((16, 4), "f4"),
+        "base_model.model.lm_head.base_layer.weight": np.ones((20, 16), "f4"),
+    }
+    widths = {"model.layers.0.self_attn.q_proj": 16, "lm_head": 20, "model.embed_tokens": 16}
+    tensors |= {f"base_model.model.{m}.lora_magnitude_vector": np.ones(w, "f4") for m, w in widths.items()}
+    return bytes(save({**tensors, **changes}))
+
+
+RICH = lora_config(4, use_dora=True, target_modules=["q_proj", "lm_head", "embed_tokens"])
+
+
+def admit_rich(data: bytes) -> CanonicalWeights:
+    weights = read_pairs(data)
+    check_weights(weights, ENDS, parse_spec(RICH))
+    return weights
+
+
+def test_dora_embedding_and_head_keep_pefts_names_and_lose_the_bases_copy() -> None:
+    weights = admit_rich(rich())
+    assert weights.embeddings == {"model.embed_tokens"}
+    assert set(weights.copies) == {"lm_head"}
+    kept = load(canonical_bytes(weights))
+    assert set(load(rich())) - set(kept) == {"base_model.model.lm_head.base_layer.weight"}
+    assert canonical_bytes(admit_rich(canonical_bytes(weights))) == canonical_bytes(weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("lm_head.lora_magnitude_vector", np.ones(19, "f4"), Reason.SHAPE),
+        ("lm_head.lora_magnitude_vector", np.full(20, np.nan, "f4"), Reason.NOT_FINITE),
+        ("lm_head.lora_magnitude_vector", np.full(20, 2e4, "f4"), Reason.NUMERICS),
+        ("model.layers.0.self_attn.k_proj.lora_magnitude_vector", np.ones(8, "f4"), Reason.TENSOR_SET),
+        ("model.embed_tokens.lora_embedding_A", np.ones((4, 16), "f4"), Reason.SHAPE),
+        ("model.embed_tokens.lora_embedding_A", np.ones((3, 20), "f4"), Reason.SHAPE),
+        ("lm_head.base_layer.weight", np.ones((21, 16), "f4"), Reason.SHAPE),
+        ("lm_head.weight", np.ones((20, 16), "f4"), Reason.TENSOR_SET),
+        ("wte.weight", np.ones((20, 16), "f4"), Reason.UNSUPPORTED),
+    ],
+)
+def test_faults_beside_linear_modules_have_their_own_reasons(
+    name: str, value: np.ndarray[Any, Any], reason: Reason
+) -> None:
+    with pytest.raises(AdapterRefused) as caught:
+        admit_rich(rich(**{f"base_model.model.{name}": value}))
+    assert caught.value.reason is reason
+
+
+def test_mutants_of_an_adapter_with_everything_are_refused_or_whole() -> None:
+    seed = 20261122
+    print("seed", seed)
+    rng = random.Random(seed)
+    sound, reasons = rich(), set()
+    for _ in range(1500):
+        with suppress(ValueError, LookupError, TypeError, AttributeError):
+            data = mutant(sound, rng)
+        try:
+            weights = admit_rich(data)
+        except AdapterRefused as refused:
+            reasons.add(refused.reason)
+        else:
+            assert canonical_bytes(read_pairs(canonical_bytes(weights))) == canonical_bytes(weights)
+    assert len(reasons) >= 9
 
 
 def test_S06_mutants_of_a_valid_adapter_never_crash_or_hang_and_accepts_read_alike() -> None:

@@ -365,7 +365,7 @@ ENDS = modules() | {"model.embed_tokens": (16, 20), "lm_head": (20, 16)}
 
 
 def rich(**changes: np.ndarray[Any, Any]) -> bytes:
-    """An adapter of a linear module, embedding and head with DoRA, and the copy of the head that PEFT saves beside it."""
+    """An adapter of a linear module, embedding and head with DoRA, and the head's copy that PEFT saves with it."""
     tensors = lora_tensors(shapes={**modules(layers=1), "lm_head": (20, 16)}, targets=("q_proj", "lm_head"))
     tensors |= {
         "base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 20), "f4"),

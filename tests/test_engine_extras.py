@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,14 @@ from serving.engine.lora import End, HostAdapter, Site
 from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan
 from serving.engine.request import Sampling
 from serving.engine.runner import DecoderRunner, make_slots
-from tests.engine_case import DEVICE, load_tiny, read_peft
-from tests.tiny_base import ALL_LINEAR, save_adapter
+from tests.engine_case import DEVICE, EngineCase, load_tiny, read_peft
+from tests.test_engine_families import variants
+from tests.tiny_base import ALL_LINEAR, VOCAB, Oracle, save_adapter
 
 SITES = (Site(("a", "b"), 8, (5, 3)), Site(("c",), 8, (4,)), Site(("d", "e", "f"), 8, (2, 2, 2)))
 GREEDY = Sampling(max_tokens=1, temperature=0.0)
+SEED = 20261122
+LOGIT_ERROR = 2e-5
 SLOTS: dict[str, list[int]] = {
     "distinct": [1, 2, 3, 4, 5, 6],
     "identical": [3] * 7,
@@ -179,3 +183,32 @@ def test_bfloat16_is_as_near_as_pefts_own(tiny_base: Path, everything: Path) -> 
     mine, its = (ours - exact).abs().mean(), (other - exact).abs().mean()
     print(f"ours {mine:.4f}, theirs {its:.4f}")
     assert mine <= 1.5 * its
+
+
+def test_sequences_of_all_kinds_of_adapters_answer_as_each_alone(tiny_base: Path, tmp_path: Path) -> None:
+    """60 random cases through three slots: evictions replace extras by others and by none; chunks, joins, prefixes."""
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    adapters = [save_adapter(tiny_base, tmp_path / str(n), n, **kind) for n, kind in enumerate(variants(conv=False))]
+    oracles = {a: Oracle(tiny_base, a) for a in (None, *adapters)}
+    case = EngineCase(load_tiny(tiny_base), rows=5, slots=3, chunk=7)
+    asked = []
+    for _ in range(60):
+        adapter = rng.choice([None, *adapters])
+        prompt = [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, 30))]
+        asked.append((adapter, prompt, case.submit(prompt, adapter, max_tokens=rng.randrange(1, 16), ignore_eos=True)))
+        for _ in range(rng.randrange(0, 4)):
+            case.step()
+    case.run()
+    close = total = 0
+    for adapter, prompt, key in asked:
+        ids = case.answer(key)
+        logits = oracles[adapter].logits([*prompt, *ids])[len(prompt) - 1 : -1]
+        for row, token in zip(logits, ids, strict=True):
+            top = row.topk(2).values
+            near = float(top[0] - top[1]) <= 10 * LOGIT_ERROR
+            close, total = close + near, total + 1
+            assert near or int(row.argmax()) == token, (adapter, prompt, ids)
+    print(f"{total} tokens, {close} too close to call, {case.slots.evictions} evictions")
+    assert close <= total / 1000
+    assert case.slots.evictions > 5

@@ -130,7 +130,7 @@ class Reason(StrEnum):
     LAYOUT = "st_layout"
     CONFIG_JSON = "config_json"
     CONFIG_FIELD = "config_field"
-    UNSUPPORTED = "unsupported_feature"  # DoRA, bias, modules_to_save, ...
+    UNSUPPORTED = "unsupported_feature"  # bias, modules_to_save, other methods, ...
     WRONG_BASE = "wrong_base"
     UNKNOWN_MODULE = "unknown_module"
     SHAPE = "shape"

@@ -215,6 +215,14 @@ def test_a_rows_token_and_logprobs_do_not_depend_on_its_neighbours_settings() ->
     assert together == [sample(logits[i : i + 1], [one])[0] for i, one in enumerate(rows)]
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 0.05, 2.0])
+def test_a_barred_token_is_never_drawn(temperature: float) -> None:
+    """Logits far apart and close together; the middle one is barred, by the model or by the request."""
+    logits = torch.tensor([[0.0, float("-inf"), 90.0], [0.0, 5.0, 0.1]]).repeat(200, 1)
+    rows = [row(i, temperature=temperature, seed=i, ban=() if i % 2 == 0 else (1,)) for i in range(400)]
+    assert 1 not in {s.token for s in sample(logits, rows)}
+
+
 def test_top_k_1_takes_the_likeliest_token_even_among_equals() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 0.0]] * 20)
     assert {s.token for s in sample(logits, [row(i, temperature=1.0, top_k=1, seed=i) for i in range(20)])} == {1}

@@ -63,6 +63,8 @@ def repeats(ids: Ids, size: int) -> Ids:
     same = np.ones(starts, dtype=bool)
     for at, token in enumerate(tail):
         same &= ids[at : at + starts] == token
+        if not same.any():
+            break
     return ids[size - 1 :][same]
 
 

@@ -188,6 +188,16 @@ class PlainCache:
             first += row.length
         self._masks = {}
 
+    def begin_fixed(self, target: Tensor, where: Tensor, keys: int) -> None:
+        """Prepare a decode step of cache rows 0..n-1 that will lie in these tensors when it is computed.
+
+        target: (n,) the row that each writes to; where: (n,) its position, below `keys`. On the device; nothing of the
+        step's layout depends on their values, so that it can be captured once and replayed.
+        """
+        self._where, self._chunks, self._masks = where, [], {}
+        count = len(where)
+        self._decode = _Decode(count, target, where, span=count, length=keys, at=where, dense=True)
+
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """See Cache. Query heads that share a key head become queries of that head, so no key is repeated."""
         h, keys, values = self._layers[layer], self._keys[layer], self._values[layer]
@@ -249,7 +259,7 @@ class PlainCache:
             span=span,
             length=self._padded(max(r.start for r in rows) + 1, _DECODE_KEYS),
             at=at,
-            dense=span == len(rows),
+            dense=[r.row for r in rows] == list(range(span)),
         )
 
     def _masks_of(self, h: Heads) -> list[Tensor | None]:
@@ -272,11 +282,12 @@ class PlainCache:
 
     def _mask(self, at: Tensor, keys: int, window: int) -> Tensor:
         """(queries, keys): 0 where a query at position `at` sees a key, else -inf."""
-        key = torch.arange(keys)
+        key = torch.arange(keys, device=at.device)
         unseen = key > at[:, None]
         if window:
             unseen |= key <= at[:, None] - window
-        return torch.zeros(len(at), keys, dtype=self._dtype).masked_fill_(unseen, float("-inf")).to(self._device)
+        mask = torch.zeros(len(at), keys, dtype=self._dtype, device=at.device)
+        return mask.masked_fill_(unseen, float("-inf")).to(self._device)
 
 
 def _scored(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, h: Heads) -> Tensor:

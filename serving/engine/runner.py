@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
+import structlog
 import torch
 from torch import Tensor
 
-from serving.engine.attention import make_cache
+from serving.engine.attention import PlainCache, make_cache
+from serving.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, DecodeInputs
 from serving.engine.extras import Extras
-from serving.engine.kv import Copy
+from serving.engine.gpu_slots import TritonSlots, triton_missing
 from serving.engine.lora import HostAdapter, Slots, StackedSlots
 from serving.engine.model import SITES_PER_LAYER, Decoder
 from serving.engine.packed import PackedSlots, packable
@@ -22,6 +25,7 @@ from serving.engine.seq2seq import EncoderDecoder
 _PROBE = Key((-1, -1))
 _SCORED = 64  # prompt tokens whose logits are held at a time
 _Lora = Callable[[int, Tensor, Tensor], Tensor]
+_log = structlog.get_logger()
 
 
 class Runner(Protocol):
@@ -41,9 +45,9 @@ class Runner(Protocol):
 
 
 class DecoderRunner:
-    """Decoder-only families on CPU or CUDA."""
+    """Decoder-only families on CPU or CUDA. capture: how decode steps are captured, where they are; see cuda_graph."""
 
-    def __init__(self, decoder: Decoder, rows: int, slots: Slots) -> None:
+    def __init__(self, decoder: Decoder, rows: int, slots: Slots, capture: Capture | None = None) -> None:
         self._d = decoder
         self._slots = slots
         biases = [p.bias for layer in decoder.layers for p in (layer.qkv, layer.out, layer.up, layer.down)]
@@ -52,6 +56,12 @@ class DecoderRunner:
         layers = [layer.heads for layer in decoder.layers]
         self._cache = make_cache(layers, rows + 1, decoder.max_model_len, decoder.embedding, decoder.ops.kernels)
         self._last = torch.zeros(rows + 1, dtype=torch.long, device=decoder.device)
+        if capture is None and decoder.device.type == "cuda":
+            capture = CudaCapture(decoder.device)
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None and isinstance(slots, TritonSlots) and isinstance(self._cache, PlainCache):
+            compute = partial(self._captured, self._cache, slots)
+            self._graphs = DecodeGraphs(rows, decoder.max_model_len, slots, compute, capture, decoder.device)
 
     def install(self, slot: int, adapter: HostAdapter) -> None:
         """See Runner. Raises ValueError when the adapter's rank exceeds the slots' limit."""
@@ -96,11 +106,22 @@ class DecoderRunner:
 
     def _hidden(self, rows: Sequence[RowPlan]) -> Tensor:
         """(T, width): what the head reads, for every flat token of a step."""
-        self._cache.begin(rows)
         slots = [r.slot for r in rows for _ in range(r.length)]
-        lora = self._add if self._slots.begin(slots) else _nothing
         self._extras.begin(slots)
-        return self._layers(self._embed(rows), lora)
+        if self._graphs is not None and not self._extras.active:
+            replayed = self._graphs.hidden(rows)
+            if replayed is not None:
+                return replayed
+        self._cache.begin(rows)
+        lora = self._add if self._slots.begin(slots) else _nothing
+        return self._layers(self._embed(self._tokens(rows), self._where(rows)), lora)
+
+    def _captured(self, cache: PlainCache, slots: TritonSlots, inputs: DecodeInputs) -> Tensor:
+        """(n, width): what the head reads, of a decode step over cache rows 0..n-1 without extras. See DecodeGraphs."""
+        cache.begin_fixed(inputs.target, inputs.where, inputs.keys)
+        slots.begin_fixed(inputs.order, inputs.blocks)
+        x = self._embed(self._last[: len(inputs.where)], inputs.where)
+        return self._layers(x, self._add if inputs.adapters else _nothing)
 
     def _sampling_logits(self, rows: Sequence[RowPlan], hidden: Tensor) -> Tensor:
         return self._head(hidden[self._sampling_tokens(rows)], [r.slot for r in rows if r.sample])
@@ -146,18 +167,21 @@ class DecoderRunner:
         self._slots.add(site, x, y)
         return y
 
-    def _embed(self, rows: Sequence[RowPlan]) -> Tensor:
-        """(T, width): what the first layer reads, of the step's flat tokens."""
+    def _embed(self, tokens: Tensor, where: Tensor | None) -> Tensor:
+        """(T, width): what the first layer reads, of flat tokens at these positions."""
         d = self._d
-        tokens = self._tokens(rows)
         x = d.embedding[tokens]
         self._extras.embed(x, tokens)
         if d.embedding_scale != 1.0:
             x = x * torch.tensor(d.embedding_scale, dtype=d.dtype)  # rounded first, as the families do
-        if d.positions is not None:
-            where = [p for r in rows for p in range(r.start, r.start + r.length)]
-            x = x + d.positions[torch.tensor(where, device=d.device)]
-        return x
+        return x if d.positions is None or where is None else x + d.positions[where]
+
+    def _where(self, rows: Sequence[RowPlan]) -> Tensor | None:
+        """(T,) positions of the flat tokens, where the base has learned ones."""
+        if self._d.positions is None:
+            return None
+        where = [p for r in rows for p in range(r.start, r.start + r.length)]
+        return torch.tensor(where, dtype=torch.long, device=self._d.device)
 
     def _tokens(self, rows: Sequence[RowPlan]) -> Tensor:
         """Flat input ids: prompt tokens from the plan, a decode row's from what was sampled last on the device."""
@@ -191,4 +215,9 @@ def make_slots(base: Decoder | EncoderDecoder, slots: int, max_rank: int) -> Slo
     kernels = base.ops.kernels
     if kernels is not None and packable(base.sites):
         return PackedSlots(base.sites, slots, max_rank, kernels)
+    if base.device.type == "cuda":
+        missing = triton_missing()
+        if missing is None:
+            return TritonSlots(base.sites, slots, base.dtype, base.device, max_rank)
+        _log.warning("kernels_off", reason=missing)
     return StackedSlots(base.sites, slots, base.dtype, base.device, max_rank)

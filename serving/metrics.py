@@ -248,6 +248,7 @@ class _EngineCollector(Collector):
         yield self._gauge("adapter_leases", "Leases on resident adapters.", leases)
         yield self._gauge("adapter_slots", "Device slots.", beat.slots_total)
         yield self._gauge("adapter_loading", "Adapters being loaded.", beat.loading)
+        yield self._gauge("adapter_quarantined", "Adapters set aside for their numbers.", len(beat.quarantined))
         yield self._gauge("adapter_host_bytes", "Bytes of adapters in host memory.", beat.host_bytes)
         yield self._gauge("engine_rows", "Rows of the batch.", beat.rows)
         yield self._gauge("engine_idle_seconds", "Since a token was produced or a probe passed.", beat.idle_s)

@@ -60,8 +60,7 @@ class Search:
         for digest, placement in installs:
             self.runner.install(placement.slot, self.adapters[digest])
         plan = self.scheduler.plan()
-        for copy in plan.copies:
-            self.runner.copy(copy)
+        self.runner.tidy(plan)
         if plan.rows:
             self.widest = max(self.widest, len(plan.rows))
             for key, event in self.scheduler.settle(plan, self.runner.run(plan), 0.0):

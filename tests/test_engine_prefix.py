@@ -152,6 +152,24 @@ def test_a_prompt_cancelled_half_way_leaves_nothing_to_reuse(decoder: Decoder) -
     assert reused(case) == 0
 
 
+def test_a_row_to_be_scrubbed_is_scrubbed_before_a_prefix_is_copied_into_it(decoder: Decoder) -> None:
+    """A cancelled prompt taints its row; the next sequence gets that very row, and a copied prefix with it."""
+    rng = random.Random(SEED)
+    said, other = prompt(rng, 40), prompt(rng, 200)
+    case = EngineCase(decoder, rows=2, slots=1, chunk=16)
+    first = case.submit(said, max_tokens=60, ignore_eos=True)
+    case.run(lambda: bool(case.answers[first].ids))
+    doomed = case.submit(other)
+    case.step()
+    case.engine.cancel(doomed, doomed[1])
+    case.answers.pop(doomed)
+    again = case.submit([*said, 7], max_tokens=5, ignore_eos=True)
+    case.run()
+    alone = EngineCase(decoder, rows=1, slots=1)
+    assert case.answer(again) == alone.answer(alone.submit([*said, 7], max_tokens=5, ignore_eos=True))
+    assert reused(case) >= 40
+
+
 def test_a_copy_takes_exactly_the_prefix(decoder: Decoder) -> None:
     from serving.engine.plan import NO_SLOT, Key, RowPlan
     from serving.engine.request import Sampling
@@ -166,7 +184,7 @@ def test_a_copy_takes_exactly_the_prefix(decoder: Decoder) -> None:
 
     whole = runner.logits(StepPlan((row(0, 0, said),))).clone()
     assert MIN_SHARED < 37
-    runner.copy(Copy(0, 1, 37))
+    runner.tidy(StepPlan((), (), (Copy(0, 1, 37),)))
     torch.testing.assert_close(runner.logits(StepPlan((row(1, 37, said[37:]),))), whole, rtol=0, atol=1e-4)
 
 

@@ -147,8 +147,11 @@ class Rubbish:
         self._runner = runner
         self.scrubbed: list[int] = []
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def tidy(self, plan: StepPlan) -> None:
         self.scrubbed += plan.scrub
+        self._runner.tidy(plan)
+
+    def run(self, plan: StepPlan) -> StepResult:
         result = self._runner.run(plan)
         hit = {r.row: Sampled(fault="planted") for r in plan.rows if r.tokens[:1] == (99,)}
         return StepResult({**result.sampled, **hit}, result.scores)

@@ -122,6 +122,7 @@ class Engine:
             queue_limit=self._queue_limit,
             prompt_tokens=s.prompt_tokens,
             reused_tokens=s.reused_tokens,
+            quarantined=s.breaker.aside(self._now()),
         )
 
     def step(self) -> bool:
@@ -135,8 +136,8 @@ class Engine:
         for digest, placement in installs:
             out += self._install(digest, placement)
         plan = self._scheduler.plan()
-        for copy in plan.copies:
-            self._runner.copy(copy)
+        if plan.scrub or plan.copies:
+            self._runner.tidy(plan)
         if plan.rows:
             result = self._compute(plan)
             done = self._now()
@@ -184,13 +185,11 @@ class Engine:
     def _alone(self, plan: StepPlan) -> StepResult:
         sampled: dict[int, Sampled] = {}
         scores: dict[int, tuple[TokenLogprob, ...]] = {}
-        scrub = plan.scrub
         for row in plan.rows:
             try:
-                result = self._runner.run(StepPlan((row,), scrub))
+                result = self._runner.run(StepPlan((row,)))
                 sampled.update(result.sampled)
                 scores.update(result.scores)
-                scrub = ()
             except Exception as error:
                 _log.exception("row_failed", error=type(error).__name__)
                 sampled[row.row] = Sampled(fault="The engine could not compute this request.")

@@ -85,9 +85,8 @@ class RowPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A step, fully described. scrub: rows whose cache must be zeroed first, since a fault left rubbish there.
-
-    copies: prefixes to copy between rows before the run, in this order, once.
+    """A step, fully described. scrub: rows whose cache must be zeroed first, since a fault left rubbish there;
+    then copies: prefixes to copy between rows, in this order.
     """
 
     rows: tuple[RowPlan, ...]
@@ -97,12 +96,13 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A row's new token, or the reason why it has none."""
+    """A row's new token, or the reason why it has none. numerics: the model's own numbers are the reason."""
 
     token: int = -1
     logprob: TokenLogprob | None = None
     candidates: tuple[Candidate, ...] = ()
     fault: str | None = None
+    numerics: bool = False
 
 
 @dataclass(frozen=True, slots=True)

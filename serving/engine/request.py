@@ -190,6 +190,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     queue_limit: int
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    quarantined: tuple[str, ...] = ()
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):

@@ -37,8 +37,8 @@ class Runner(Protocol):
     def install(self, slot: int, adapter: HostAdapter) -> None:
         """Put an adapter into a slot, between two steps."""
 
-    def copy(self, copy: Copy) -> None:
-        """Give a row the beginning of another, between two steps."""
+    def tidy(self, plan: StepPlan) -> None:
+        """Before a step, and once: zero the rows to scrub, then copy what rows are to have of others, in this order."""
 
     def probe(self) -> bool:
         """Compute one base token on a spare row; whether it came out finite."""
@@ -68,9 +68,12 @@ class DecoderRunner:
         self._slots.install(slot, adapter)
         self._extras.install(slot, adapter)
 
-    def copy(self, copy: Copy) -> None:
+    def tidy(self, plan: StepPlan) -> None:
         """See Runner."""
-        self._cache.copy(*copy)
+        for row in plan.scrub:
+            self._cache.scrub(row)
+        for copy in plan.copies:
+            self._cache.copy(*copy)
 
     def probe(self) -> bool:
         """See Runner."""
@@ -80,8 +83,6 @@ class DecoderRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """See Runner. Decode rows come first in the plan."""
-        for tainted in plan.scrub:
-            self._cache.scrub(tainted)
         wanted = [row for row in plan.rows if row.sample]
         hidden = self._hidden(plan.rows)
         sampled = sample(self._sampling_logits(plan.rows, hidden), wanted) if wanted else []

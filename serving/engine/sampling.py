@@ -24,7 +24,8 @@ _HEAD = 1024
 _BLOCK = 256
 # Below this a draw is the likeliest token anyway, and float32 no longer holds a distribution.
 _COLD = 1e-5
-NOT_FINITE = Sampled(fault="The model's output is not finite.")
+NOT_FINITE = Sampled(fault="The model's output is not finite.", numerics=True)
+NOTHING_LEFT = Sampled(fault="The request's own settings leave no token that may follow.")
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -45,11 +46,12 @@ def sample(logits: Tensor, rows: Sequence[RowPlan], begun: tuple[int, ...] | Non
     shaped = logits.to(torch.float32, copy=bool(changed or searching))
     # NaN and +inf both reach the maximum; -inf is a model's way to bar a token.
     finite = torch.isfinite(shaped.amax(dim=-1))
+    sound = finite.tolist()
     if searching:  # penalties and bans of a search change log-probabilities, as transformers has it
         shaped[searching] = torch.log_softmax(shaped[searching], dim=-1)
     if changed:
         reshape(shaped, rows, changed, begun)
-        finite &= torch.isfinite(shaped.amax(dim=-1))
+        finite = finite & torch.isfinite(shaped.amax(dim=-1))
     good = finite.tolist()
     drawn = [i for i, row in enumerate(rows) if good[i] and _draws(row.sampling)]
     tokens = [-1] * len(rows) if len(drawn) == len(rows) else shaped.argmax(dim=-1).tolist()
@@ -63,7 +65,10 @@ def sample(logits: Tensor, rows: Sequence[RowPlan], begun: tuple[int, ...] | Non
         most = [rows[i].sampling.logprobs or 0 for i in wanted]
         told = dict(zip(wanted, _logprobs(_part(logits, wanted), [tokens[i] for i in wanted], most), strict=True))
     offers = _candidates(shaped, searching, rows)
-    return [Sampled(tokens[i], told.get(i), offers.get(i, ())) if good[i] else NOT_FINITE for i in range(len(rows))]
+    return [
+        Sampled(tokens[i], told.get(i), offers.get(i, ())) if good[i] else NOTHING_LEFT if sound[i] else NOT_FINITE
+        for i in range(len(rows))
+    ]
 
 
 def _candidates(scores: Tensor, searching: Sequence[int], rows: Sequence[RowPlan]) -> dict[int, tuple[Candidate, ...]]:
@@ -116,7 +121,7 @@ def _draw(logits: Tensor, rows: Sequence[RowPlan]) -> list[int]:
     # The largest weight is 1, so that a tiny temperature cannot overflow.
     torch.sub(logits, logits.amax(dim=-1, keepdim=True), out=weights).div_(temperature)
     # What is e^-80 of the likeliest is nothing: next to zero, float32 takes twenty times as long.
-    torch.threshold_(weights, -80.0, float("-inf")).exp_()
+    torch.nn.functional.threshold(weights, -80.0, float("-inf"), inplace=True).exp_()
     blocks = padded.view(count, -1, _BLOCK)
     mass = blocks.sum(dim=-1).double()
     filtered = [i for i, r in enumerate(rows) if _filters(r.sampling)]

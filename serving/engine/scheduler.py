@@ -8,11 +8,12 @@ no slot is free, waits aside while younger ones go on. To keep that fair, once s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from serving.engine.beams import BeamRules, BeamSearch, moves
+from serving.engine.breaker import Breaker
 from serving.engine.kv import MIN_SHARED, Copy, RowTable, shared_prefix
-from serving.engine.plan import NO_SLOT, Key, Load, Loader, Outgoing, RowPlan, Sampled, StepPlan, StepResult
+from serving.engine.plan import NO_SLOT, Key, Load, Loader, Outgoing, Sampled, StepPlan, StepResult
 from serving.engine.request import (
     Event,
     Failed,
@@ -25,6 +26,7 @@ from serving.engine.request import (
     Tokens,
     answer_room,
 )
+from serving.engine.row_plans import decode_rows, prefill_row
 from serving.engine.sequence import Sequence
 from serving.engine.slots import NoSlotFree, Placement, SlotTable
 
@@ -56,6 +58,7 @@ class Scheduler:
         self._waiting: dict[Key, Sequence] = {}
         self._running: dict[Key, Sequence] = {}
         self._tainted: list[int] = []
+        self.breaker = Breaker()
         self._copies: list[Copy] = []
         self.prompt_tokens = self.reused_tokens = 0
 
@@ -112,10 +115,18 @@ class Scheduler:
             return [
                 Failed(submit.id, "queue_full", f"{self._limits.queue_limit} requests wait already.", retry_after_s=1.0)
             ]
+        if submit.adapter is not None and (refusal := self._set_aside(submit.adapter, submit.id, now)):
+            return [refusal]
         if submit.adapter is not None and not self._slots.holds(submit.adapter):
             self._loader.want(submit.adapter)  # the load starts while the sequence waits for its turn
         self._waiting[key] = Sequence(key, submit, now)
         return []
+
+    def _set_aside(self, digest: str, number: int, now: float) -> Failed | None:
+        wait = self.breaker.aside_s(digest, now)
+        if not wait:
+            return None
+        return Failed(number, "adapter_quarantined", f"Adapter {digest[:12]} is set aside.", retry_after_s=wait)
 
     def cancel(self, key: Key) -> None:
         """Forget a sequence; nobody listens for its events any more."""
@@ -148,6 +159,10 @@ class Scheduler:
             if digest is None:
                 if not rows_barred:
                     self._start(sequence, now)
+                continue
+            if refusal := self._set_aside(digest, sequence.submit.id, now):
+                del self._waiting[sequence.key]
+                events.append((sequence.key, refusal))
                 continue
             if not self._slots.holds(digest):
                 state = self._loader.want(digest)
@@ -221,68 +236,31 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step: a token for every decoding row, and prompt chunks within the budget."""
-        rows = [row for s in self._running.values() if s.state is State.DECODE for row in self._decode_rows(s)]
+        rows = [
+            row
+            for s in self._running.values()
+            if s.state is State.DECODE
+            for row in decode_rows(s, self._slot(s), self._eos)
+        ]
         budget = self._limits.prefill_chunk if rows else self._limits.prefill_chunk_alone
         for sequence in self._running.values():
             if budget <= 0:
                 break
             if sequence.state is State.PREFILL:
                 self._share(sequence)
-                row = self._prefill_row(sequence, budget)
+                # An encoder reads both ways: its prompt is computed whole.
+                most = len(sequence.submit.prompt) if self._limits.max_answer_len else budget
+                row = prefill_row(sequence, self._slot(sequence), self._eos, most)
                 budget -= row.length
                 rows.append(row)
-        scrub = tuple(self._tainted) if rows else ()
-        if rows:  # a step without rows is not run, and would lose what must be scrubbed
-            self._tainted = []
+        scrub, self._tainted = tuple(self._tainted), []
         copies, self._copies = tuple(self._copies), []
         # Decode rows first and by cache row: the runner reads the cache as one prefix.
         return StepPlan(tuple(sorted(rows, key=lambda r: (bool(r.tokens), r.row))), scrub, copies)
 
-    def _decode_rows(self, sequence: Sequence) -> list[RowPlan]:
-        row = self._row(sequence, start=sequence.computed, tokens=(), sample=True)
-        if sequence.search is None:
-            return [row]
-        return [
-            replace(row, row=at, feed=hypothesis.tokens[-1], output=hypothesis.tokens)
-            for at, hypothesis in zip(sequence.rows, sequence.search.live, strict=False)
-        ]
-
-    def _prefill_row(self, sequence: Sequence, budget: int) -> RowPlan:
-        prompt = sequence.submit.prompt
-        whole = bool(self._limits.max_answer_len)  # an encoder reads both ways
-        start, sampling = sequence.computed, sequence.submit.sampling
-        end = len(prompt) if whole else min(len(prompt), start + budget)
-        targets = () if sampling.prompt_logprobs is None else prompt[start + 1 : end + 1]
-        sample = end == len(prompt) and sampling.max_tokens > 0
-        return self._row(sequence, start, prompt[start:end], sample, targets)
-
-    def _row(
-        self, sequence: Sequence, start: int, tokens: tuple[int, ...], sample: bool, targets: tuple[int, ...] = ()
-    ) -> RowPlan:
-        sampling = sequence.submit.sampling
-        search = sequence.search
-        position = len(sequence.output if search is None else search.live[0].tokens)
-        ban: tuple[int, ...] = ()
-        if position < sampling.min_tokens:
-            ban = (*self._eos, *sampling.stop_token_ids)
-        looks_back = sample and sampling.looks_back
-        return RowPlan(
-            key=sequence.key,
-            row=sequence.row,
-            # Asked of the table in the very step that uses it: a remembered slot is another adapter's tomorrow.
-            slot=NO_SLOT if sequence.adapter is None else self._slots.slot_of(sequence.adapter),
-            start=start,
-            tokens=tokens,
-            sample=sample,
-            sampling=sampling,
-            choice=sequence.submit.choice,
-            position=position,
-            ban=ban,
-            prompt=sequence.submit.prompt if looks_back else (),
-            output=tuple(sequence.output) if looks_back else (),
-            targets=targets,
-            candidates=0 if search is None else search.rules.looked_at,
-        )
+    def _slot(self, sequence: Sequence) -> int:
+        # Asked of the table in the very step that uses it: a remembered slot is another adapter's tomorrow.
+        return NO_SLOT if sequence.adapter is None else self._slots.slot_of(sequence.adapter)
 
     def settle(self, plan: StepPlan, result: StepResult, now: float) -> list[Outgoing]:
         """Book a step's outcome: the events of each sequence in order, its ending last."""
@@ -294,10 +272,10 @@ class Scheduler:
                 continue
             settled.add(row.key)
             outcomes = [result.sampled.get(at) for at in sequence.used_rows]
-            fault = next((found.fault for found in outcomes if found is not None and found.fault is not None), None)
+            fault = next((found for found in outcomes if found is not None and found.fault is not None), None)
             if fault is not None:
                 self._tainted += sequence.rows
-                events.append((row.key, self._fail(sequence, "engine_fault", fault)))
+                events.append((row.key, self._fault(sequence, fault, now)))
                 continue
             sequence.computed += row.length
             if sequence.search is not None:
@@ -310,8 +288,7 @@ class Scheduler:
                 events += [(row.key, event) for event in self._accept(sequence, sampled, now)]
             elif not sequence.submit.sampling.max_tokens and sequence.computed == len(sequence.submit.prompt):
                 sequence.first_token_at = now
-                self._release(sequence)
-                events.append((row.key, Finished(sequence.submit.id, FinishReason.LENGTH, sequence.timing(now))))
+                events.append((row.key, self._finish(sequence, FinishReason.LENGTH, now)))
         return events
 
     def _accept(self, sequence: Sequence, sampled: Sampled, now: float) -> Iterator[Event]:
@@ -325,17 +302,14 @@ class Scheduler:
             if sampling.prompt_logprobs is not None and sampled.logprob is not None:
                 # Who scores a prompt counts on an entry for every token: the end of text is told of too.
                 yield Tokens(number, (sampled.token,), (sampled.logprob,), sequence.timing(now))
-            self._release(sequence)
-            yield Finished(number, FinishReason.STOP, sequence.timing(now))
+            yield self._finish(sequence, FinishReason.STOP, now)
             return
         first = not sequence.output
         sequence.output.append(sampled.token)
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
         yield Tokens(number, (sampled.token,), logprobs, sequence.timing(now) if first else None)
         if asked or len(sequence.output) >= sampling.max_tokens:
-            self._release(sequence)
-            reason = FinishReason.STOP if asked else FinishReason.LENGTH
-            yield Finished(number, reason, sequence.timing(now))
+            yield self._finish(sequence, FinishReason.STOP if asked else FinishReason.LENGTH, now)
 
     def _advance(self, sequence: Sequence, search: BeamSearch, result: StepResult, now: float) -> Iterator[Event]:
         """Beam search says nothing before it knows the whole answer."""
@@ -356,10 +330,9 @@ class Scheduler:
         tokens = search.answer.tokens
         ended = tokens[-1] in search.rules.ends
         shown = tokens[:-1] if ended and tokens[-1] not in sampling.stop_token_ids else tokens
-        self._release(sequence)
         if shown:
             yield Tokens(number, shown, (), sequence.timing(now))
-        yield Finished(number, FinishReason.STOP if ended else FinishReason.LENGTH, sequence.timing(now))
+        yield self._finish(sequence, FinishReason.STOP if ended else FinishReason.LENGTH, now)
 
     def abandon(self, digest: str, message: str) -> list[Outgoing]:
         """An adapter could not be brought into its slot: end the sequences that lease it and empty the slot."""
@@ -372,6 +345,19 @@ class Scheduler:
     def fail_all(self, code: str, message: str) -> list[Outgoing]:
         """End everything: the engine stops."""
         return [(s.key, self._fail(s, code, message)) for s in [*self._waiting.values(), *self._running.values()]]
+
+    def _fault(self, sequence: Sequence, found: Sampled, now: float) -> Failed:
+        """End a sequence that could not be computed; its adapter is struck when it is to blame."""
+        if found.numerics and sequence.adapter is not None:
+            self.breaker.strike(sequence.adapter, now)
+            return self._fail(sequence, "adapter_numerics", "The adapter's output is not finite.")
+        return self._fail(sequence, "engine_fault", found.fault or "")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, now: float) -> Finished:
+        self._release(sequence)
+        if sequence.adapter is not None:
+            self.breaker.good(sequence.adapter, now)
+        return Finished(sequence.submit.id, reason, sequence.timing(now))
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> Failed:
         self._waiting.pop(sequence.key, None)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from serving.engine.extras import Extras
-from serving.engine.kv import Copy
 from serving.engine.lora import HostAdapter, Slots
 from serving.engine.memory import lazy_zeros
 from serving.engine.ops import Norm
@@ -51,9 +50,17 @@ class Seq2SeqRunner:
         self._slots.install(slot, adapter)
         self._extras.install(slot, adapter)
 
-    def copy(self, copy: Copy) -> None:
-        """See Runner. The whole of what the row wrote, and what it read unless the target read the very same."""
-        source, target, written = copy.source, copy.target, self._written[copy.source]
+    def tidy(self, plan: StepPlan) -> None:
+        """See Runner."""
+        for row in plan.scrub:
+            for cache in (*self._keys, *self._values, *self._cross_keys, *self._cross_values):
+                cache[row].zero_()
+        for copy in plan.copies:
+            self._copy(copy.source, copy.target)
+
+    def _copy(self, source: int, target: int) -> None:
+        """The whole of what the source wrote, and what it read unless the target read the very same."""
+        written = self._written[source]
         for cache in (*self._keys, *self._values):
             cache[target, :, :written] = cache[source, :, :written]
         if self._reading[target] != self._reading[source]:
@@ -72,9 +79,6 @@ class Seq2SeqRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """See Runner. A row with tokens must bring its whole input: the encoder reads both ways."""
-        for scrubbed in plan.scrub:
-            for cache in (*self._keys, *self._values, *self._cross_keys, *self._cross_values):
-                cache[scrubbed].zero_()
         sampled = sample(self.logits(plan), plan.rows, self._b.start_token_ids)
         for row, found in zip(plan.rows, sampled, strict=True):
             self._last[row.row] = found.token

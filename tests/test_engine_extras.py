@@ -212,3 +212,18 @@ def test_sequences_of_all_kinds_of_adapters_answer_as_each_alone(tiny_base: Path
     print(f"{total} tokens, {close} too close to call, {case.slots.evictions} evictions")
     assert close <= total / 1000
     assert case.slots.evictions > 5
+
+
+def test_an_adapter_of_the_head_alone_shares_kernels_with_one_of_linears(
+    tiny_base: Path, everything: Path, tmp_path: Path
+) -> None:
+    """In bfloat16, where the machine has kernels: it has nothing at any site, and its neighbours' rows stay theirs."""
+    decoder = load_tiny(tiny_base, torch.bfloat16)
+    runner = DecoderRunner(decoder, 3, make_slots(decoder, 2, 64))
+    prompts = [[3 + (11 * i + 5 * j * j) % 250 for j in range(20 + i)] for i in range(3)]
+    runner.install(1, read_peft(everything, torch.bfloat16))
+    before = runner.logits(rows_of([NO_SLOT, 1, NO_SLOT], prompts))
+    runner.install(2, read_peft(save_adapter(tiny_base, tmp_path, 3, targets=("lm_head",)), torch.bfloat16))
+    after = runner.logits(rows_of([NO_SLOT, 1, 2], prompts))
+    assert torch.equal(before[:2], after[:2])
+    assert not torch.equal(before[2], after[2])

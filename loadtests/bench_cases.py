@@ -1,44 +1,35 @@
-"""What the engine bench measures: steps of our runner and of its peers, each behind the same small door."""
+"""Steps of our runners: decoders and encoder-decoders, whatever adapters their rows use."""
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from loadtests.bench_home import RANK
+from loadtests.peer_models import PROMPT_TOKENS
+from loadtests.steps import Case
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan
 from serving.engine.request import Sampling
-from serving.engine.runner import DecoderRunner, make_slots
+from serving.engine.runner import DecoderRunner, Runner, make_slots
+from serving.engine.seq2seq import EncoderDecoder, load_encoder_decoder
+from serving.engine.seq2seq_runner import Seq2SeqRunner
 
-RANK = 16
-PROMPT_TOKENS = 50
 MAX_LEN = 640
 _GREEDY = Sampling(max_tokens=1 << 20, temperature=0.0)
 # Rows decode within this many positions and then begin anew after the prompt, so that all cases see like contexts.
 _WINDOW = 128
 
 
-class Case(Protocol):
-    """Something to time. rows: how many tokens one step makes."""
-
-    name: str
-    rows: int
-
-    def steps(self, count: int) -> list[float]:
-        """Seconds of each of so many steps, prefill not counted."""
-
-
 class EngineCase:
-    """Decode steps of our runner. slots: one for each row; NO_SLOT is the base."""
+    """Decode steps of a runner. slots: one for each row; NO_SLOT is the base."""
 
-    def __init__(self, name: str, runner: DecoderRunner, slots: Sequence[int]) -> None:
+    def __init__(self, name: str, runner: Runner, slots: Sequence[int]) -> None:
         self.name, self.rows = name, len(slots)
         self._runner, self._slots = runner, tuple(slots)
         self._position = PROMPT_TOKENS
@@ -82,43 +73,6 @@ class PrefillCase:
         return found
 
 
-class GenerateCase:
-    """Decode steps of transformers' `generate` on a static batch; with PEFT, of `adapter_names` mixed in one batch."""
-
-    def __init__(self, name: str, model: Any, rows: int, adapters: Sequence[str] | None = None) -> None:
-        self.name, self.rows = name, rows
-        self._model, self._adapters = model, adapters
-        self._prompt = torch.arange(5, 5 + PROMPT_TOKENS, device=model.device).repeat(rows, 1)
-
-    @torch.inference_mode()
-    def steps(self, count: int) -> list[float]:
-        ticks = _Ticks()
-        extra = {} if self._adapters is None else {"adapter_names": list(self._adapters)}
-        self._model.generate(
-            input_ids=self._prompt,
-            attention_mask=torch.ones_like(self._prompt),
-            max_new_tokens=count + 1,
-            min_new_tokens=count + 1,
-            do_sample=False,
-            pad_token_id=0,
-            stopping_criteria=[ticks],
-            **extra,
-        )
-        # The first tick ends the prefill.
-        return [b - a for a, b in itertools.pairwise(ticks.at)]
-
-
-class _Ticks:
-    """A stopping criterion that stops nothing and notes when it was asked: once a step."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.at.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
 def make_runner(decoder: Decoder, rows: int, adapters: int) -> DecoderRunner:
     """A runner with so many random adapters of rank 16 on every linear; with none, as if LoRA were disabled."""
     runner = DecoderRunner(decoder, rows, make_slots(decoder, max(1, adapters), RANK))
@@ -127,16 +81,24 @@ def make_runner(decoder: Decoder, rows: int, adapters: int) -> DecoderRunner:
     return runner
 
 
-def random_adapter(decoder: Decoder, seed: int) -> HostAdapter:
+def make_seq2seq_runner(base: EncoderDecoder, rows: int, adapters: int) -> Seq2SeqRunner:
+    """The same for an encoder-decoder."""
+    runner = Seq2SeqRunner(base, rows, make_slots(base, adapters, RANK))
+    for slot in range(1, adapters + 1):
+        runner.install(slot, random_adapter(base, slot))
+    return runner
+
+
+def random_adapter(base: Decoder | EncoderDecoder, seed: int) -> HostAdapter:
     """An adapter of rank 16 on every linear, small enough that logits stay finite."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) * 0.02).to(decoder.dtype)
+        return (torch.randn(shape, generator=generator) * 0.02).to(base.dtype)
 
     pairs = {
         module: (draw(RANK, site.in_features), draw(RANK, width))
-        for site in decoder.sites
+        for site in base.sites
         for module, width in zip(site.modules, site.widths, strict=True)
     }
     return HostAdapter(f"random-{seed}", RANK, pairs)
@@ -158,37 +120,28 @@ def decode_cases(on: DecoderRunner, off: DecoderRunner, rows: int) -> list[Case]
     return [*cases, EngineCase("half base, half distinct", on, half)] if rows > 1 else cases
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The base as transformers runs it."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-    return model.to(device).eval()
+def load_seq2seq(folder: Path, dtype: torch.dtype) -> EncoderDecoder:
+    """An encoder-decoder on the CPU, with room for the bench's prompts and answers."""
+    return load_encoder_decoder(folder, dtype, torch.device("cpu"), MAX_LEN)
 
 
-def with_peft(model: Any, adapters: int) -> Any:
-    """The same model with so many random PEFT adapters, named a1, a2, ... Raises ImportError without peft."""
-    from peft import LoraConfig, get_peft_model
-
-    def config() -> Any:
-        return LoraConfig(
-            r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
-        )
-
-    wrapped = get_peft_model(model, config(), adapter_name="a1")
-    for number in range(2, adapters + 1):
-        wrapped.add_adapter(f"a{number}", config())
-    return wrapped.to(model.dtype).eval()
-
-
-def random_base(folder: Path) -> Path:
-    """A random Llama as wide as SmolLM2-135M and four layers deep, for machines without a pulled base."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def random_t5(folder: Path) -> Path:
+    """A random T5 of the small shape (60 M parameters) in bfloat16."""
+    from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=MAX_LEN, tie_word_embeddings=True,
+    T5ForConditionalGeneration(T5Config(decoder_start_token_id=0)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def random_bart(folder: Path) -> Path:
+    """A random BART of the base shape (139 M parameters) in bfloat16."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12, decoder_attention_heads=12,
+        encoder_ffn_dim=3072, decoder_ffn_dim=3072, forced_eos_token_id=None,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    BartForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
     return folder

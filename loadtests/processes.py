@@ -44,6 +44,7 @@ class Child:
         self,
         command: Sequence[str],
         *,
+        stdin: int = subprocess.DEVNULL,
         stdout: IO[str] | int = subprocess.DEVNULL,
         stderr: IO[str] | int = subprocess.DEVNULL,
         env: Mapping[str, str] | None = None,
@@ -52,7 +53,7 @@ class Child:
         # A Ctrl-C between the fork and the caller's `with` would leave a process that nobody knows.
         with _impatience() as interrupted:
             self.popen = subprocess.Popen(
-                list(command), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, text=True, bufsize=1,
+                list(command), stdin=stdin, stdout=stdout, stderr=stderr, text=True, bufsize=1,
                 start_new_session=True, env={**os.environ, **(env or {})},
             )  # fmt: skip
             _STARTED.add(self)
@@ -79,9 +80,45 @@ class Child:
                     mine[process.pid] = process
         return [p for p in mine.values() if _lives(p)]
 
+    def pause(self) -> None:
+        """Stop it and everything it started from running at all, until `resume`."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused process go on."""
+        self._signal(signal.SIGCONT)
+
+    def cpu_share(self, seconds: float = 2.0) -> float:
+        """How many cores it and its descendants use, over so many seconds from now."""
+        before = self._cpu_s()
+        begun = time.monotonic()
+        time.sleep(seconds)
+        after = self._cpu_s()
+        return sum(s - before[pid] for pid, s in after.items() if pid in before) / (time.monotonic() - begun)
+
+    def _signal(self, number: signal.Signals) -> None:
+        self.look()
+        with contextlib.suppress(ProcessLookupError):
+            self.popen.send_signal(number)
+        for process in self.left_over():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def _cpu_s(self) -> dict[int, float]:
+        """CPU seconds used so far, by process."""
+        self.look()
+        found = {}
+        for pid in (self.popen.pid, *(p.pid for p in self.left_over())):
+            with contextlib.suppress(psutil.Error):
+                times = psutil.Process(pid).cpu_times()
+                found[pid] = times.user + times.system
+        return found
+
     def stop(self, grace_s: float = 30.0) -> None:
         """Ask it to end, wait, and kill what is left of it and of everything it started. A second call is free."""
         self.look()
+        if self in _STARTED:
+            self.resume()  # a paused process would not hear that it is to end
         with _impatience() as hurried:
             if self.running:
                 with contextlib.suppress(ProcessLookupError):
@@ -128,6 +165,12 @@ class ServerProcess:
                 return note.url
             time.sleep(_POLL_S)
         raise ServerFailed(f"the server was not ready within {SERVER_DEADLINE_S:g} s: {self._last_words()}")
+
+    def resume(self) -> None:
+        """Let a paused server go on; returns once it takes requests again. Raises ServerFailed."""
+        self.child.resume()
+        self._deadline = time.monotonic() + SERVER_DEADLINE_S
+        self.ready()
 
     def stop(self) -> None:
         """End it and everything it started."""

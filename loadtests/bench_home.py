@@ -1,0 +1,135 @@
+"""What a bench serves: a base, random adapters for it as PEFT folders, and a home where both are published."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapters.bases import DEFAULT_BASE, open_base, pull
+from adapters.home import Home
+from adapters.publish import CONFIG_FILE, WEIGHTS_FILE
+from adapters.records import AdapterVersion, BaseRecord
+from adapters.registry import Registry
+from adapters.registry_door import adapter_files, open_door
+from adapters.screen import note
+
+RANK = 16
+_VOCABULARY = 8192
+_POSITIONS = 4096
+# Small enough that sixty layers of it leave logits finite, large enough that no kernel may skip it.
+_SPREAD = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base to measure. name: for people."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Furnished:
+    """A home with a base and adapters in it. peft: their folders as PEFT wrote them, in the order of `versions`."""
+
+    home: Home
+    base: BaseRecord
+    folder: Path
+    versions: tuple[AdapterVersion, ...]
+    peft: tuple[Path, ...]
+
+
+def pick_base(options: argparse.Namespace, scratch: Path) -> Base:
+    """The folder that was named, else the home's base, else a random one made in `scratch`."""
+    if options.base is not None:
+        return Base(options.base.resolve().name, options.base.resolve())
+    home = Home.find(options.home)
+    door = open_door(home)
+    try:
+        bases = {b.name: b for b in door.bases()}
+    finally:
+        door.close()
+    record = bases.get(DEFAULT_BASE) or next(iter(bases.values()), None)
+    if record is None:
+        note(f"no base is pulled (loraplane models pull {DEFAULT_BASE}); measuring a small random one")
+        return Base("random", random_base(scratch / "random-base"))
+    return Base(record.name, open_base(home, record))
+
+
+def random_base(folder: Path) -> Path:
+    """A random Llama as wide as SmolLM2-135M and four layers deep, with a tokenizer of one token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=_POSITIONS, tie_word_embeddings=True, bos_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(_VOCABULARY)}, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w0", eos_token="w1").save_pretrained(folder)
+    return folder
+
+
+def write_adapters(
+    modules: Mapping[str, tuple[int, int]], root: Path, count: int, *, base_name: str, task: str = "CAUSAL_LM"
+) -> tuple[Path, ...]:
+    """Random adapters of rank 16 in bfloat16 as PEFT folders. modules: path -> (out, in), all of them adapted."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": base_name,
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": sorted({path.rpartition(".")[2] for path in modules}),
+        "bias": "none",
+    }
+    folders = []
+    for number in range(1, count + 1):
+        folder = root / f"a{number:02}"
+        folder.mkdir(parents=True)
+        generator = torch.Generator().manual_seed(number)
+        tensors: dict[str, Tensor] = {}
+        for path, (outputs, inputs) in modules.items():
+            for name, shape in (("lora_A", (RANK, inputs)), ("lora_B", (outputs, RANK))):
+                drawn = torch.randn(shape, generator=generator) * _SPREAD
+                tensors[f"base_model.model.{path}.{name}.weight"] = drawn.to(torch.bfloat16)
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        folders.append(folder)
+    return tuple(folders)
+
+
+def furnish(base: Base, root: Path, adapters: int) -> Furnished:
+    """A home in `root` where the base and so many random adapters are published."""
+    home = Home.find(root / "home")
+    registry = Registry.open(home)
+    try:
+        record = pull(str(base.folder), home, registry, note, name=base.name)
+        peft = write_adapters(record.modules, root / "peft", adapters, base_name=record.name)
+        note(f"publishing {adapters} random adapters of rank {RANK} on all linears")
+        versions = tuple(
+            registry.publish(
+                folder.name,
+                adapter_files(folder),
+                base=record.name,
+                prompt_format=None,
+                facts={},
+                who="bench",
+                note="random, to be measured",
+            )
+            for folder in peft
+        )
+    finally:
+        registry.close()
+    return Furnished(home, record, open_base(home, record), versions, peft)

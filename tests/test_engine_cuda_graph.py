@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from serving.engine.cuda_graph import Capture, Compute, CudaCapture, computed_anew
+from serving.engine.attention import PlainCache
+from serving.engine.cuda_graph import Capture, Compute, CudaCapture, DecodeInputs, computed_anew
 from serving.engine.gpu_copies import Arrival, DirectCopies, SideStreamCopies
 from serving.engine.gpu_slots import TritonSlots, triton_missing
 from serving.engine.lora import HostAdapter, StackedSlots
 from serving.engine.model import Decoder
 from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan
+from serving.engine.reading import load_decoder
 from serving.engine.request import Sampling
 from serving.engine.runner import DecoderRunner
 from tests.engine_case import DEVICE, MAX_LEN, EngineCase, load_tiny, read_peft
@@ -228,6 +230,37 @@ def test_a_shapes_launches_depend_on_no_value_of_the_step(name: str, tmp_path: P
     assert len(noted[0]) > 50
     assert any(isinstance(n[0], int) for n in noted[0])  # adapters' kernels are among them
     assert noted[0] == noted[1]
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses operations on the host's tensors; its numbers (no dimensions) may travel with a launch."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [value for arg in args for value in (arg if isinstance(arg, list | tuple) else (arg,))]
+        host = [v for v in given if isinstance(v, Tensor) and v.dim() and v.device.type == "cpu"]
+        if host:
+            raise AssertionError(f"{func} works on {len(host)} tensors of the host")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_captured_step_touches_no_tensor_of_the_host(name: str, tmp_path: Path) -> None:
+    """On torch's device without values: what mixes it with the host, or asks it for a value, fails there.
+
+    An ordinary step may bring the host's numbers over, but must not compute with tensors of both.
+    """
+    meta = torch.device("meta")
+    decoder = load_decoder(save_random(FAMILIES[name](), tmp_path / "base", seed=3), torch.bfloat16, meta, MAX_LEN)
+    slots = TritonSlots(decoder.sites, 2, decoder.dtype, meta, 64)
+    runner = DecoderRunner(decoder, ROWS, slots, computed_anew)
+    target, where, order, *blocks = torch.zeros(6, ROWS, dtype=torch.long, device=meta)
+    assert isinstance(runner._cache, PlainCache)
+    with torch.inference_mode(), OnDevice():  # type: ignore[no-untyped-call]
+        inputs = DecodeInputs(target, where, order, torch.stack(blocks, dim=1), 128, True)
+        found = runner._captured(runner._cache, slots, inputs)
+    assert (found.device, len(found)) == (meta, ROWS)
+    runner._graphs = None
+    assert runner.logits(step((0, NO_SLOT, 5, 0), (2, NO_SLOT, 7, 0), (1, NO_SLOT, 0, 9))).device == meta
 
 
 def test_rows_that_take_no_part_keep_their_keys_and_values(decoder: Decoder) -> None:

@@ -89,17 +89,18 @@ def test_a_slot_forgets_what_was_in_it() -> None:
     extras.install(1, replace(adapter_of(4), embedding=end, head=End(torch.ones(2, 3), torch.ones(2, 7))))
     extras.install(1, adapter_of(1))  # gains of module a, and nothing else
     extras.begin([1])
-    y, c, x = torch.ones(1, 8), torch.ones(1, 4), torch.zeros(1, 3)
+    y, c, x = (t.to(DEVICE) for t in (torch.ones(1, 8), torch.ones(1, 4), torch.zeros(1, 3)))
     extras.gain(0, y)
     extras.gain(1, c)
-    extras.embed(x, torch.tensor([4]))
+    extras.embed(x, torch.tensor([4], device=DEVICE))
+    y, c, x = y.cpu(), c.cpu(), x.cpu()
     assert not torch.equal(y[:, :5], torch.ones(1, 5))
     assert torch.equal(y[:, 5:], torch.ones(1, 3))
     assert torch.equal(c, torch.ones(1, 4))
     assert torch.equal(x, torch.zeros(1, 3))
-    logits = torch.zeros(1, 7)
-    extras.head(torch.ones(1, 3), logits, [1])
-    assert torch.equal(logits, torch.zeros(1, 7))
+    logits = torch.zeros(1, 7, device=DEVICE)
+    extras.head(torch.ones(1, 3, device=DEVICE), logits, [1])
+    assert torch.equal(logits.cpu(), torch.zeros(1, 7))
     extras.install(1, HostAdapter("plain", 1, {}))
     assert extras.size_bytes == 0
 

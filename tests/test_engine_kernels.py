@@ -19,13 +19,19 @@ from serving.engine.ops import Activation, Norm, Ops
 from serving.engine.packed import PackedSlots
 from serving.engine.plan import Key, RowPlan
 from serving.engine.request import Sampling
+from tests.engine_case import DEVICE
 
 SEED = 20261122
 # One unit of bfloat16 in the last place is 2**-8 of the value; sums here have a few roundings.
 ROUNDING = 3 * 2**-8
-needs_kernels = pytest.mark.skipif(
-    cpu_kernels() is None, reason="this machine has no bfloat16 kernels (CPU or compiler)"
+WHY_NOT = (
+    "these kernels are the CPU's; run them with --device cpu"
+    if DEVICE.type != "cpu"
+    else None
+    if cpu_kernels() is not None
+    else "this machine has no bfloat16 kernels (CPU or compiler)"
 )
+needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 CPU = torch.device("cpu")
 
 

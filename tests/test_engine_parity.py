@@ -11,7 +11,7 @@ import torch
 from adapters.errors import BaseUnsupported
 from serving.engine.lora import StackedSlots, add_reference
 from serving.engine.model import Decoder, pick_device
-from tests.engine_case import EngineCase, load_tiny, read_peft
+from tests.engine_case import DEVICE, EngineCase, load_tiny, read_peft
 from tests.tiny_base import VOCAB, Oracle
 
 SEED = 20261121
@@ -102,11 +102,11 @@ def test_the_batched_update_equals_the_loop_reference(decoder: Decoder, tiny_ada
         assert slots.begin(tokens) is any(tokens)
         for site, shape in enumerate(decoder.sites):
             x = torch.randn(len(tokens), shape.in_features)
-            fast = torch.randn(len(tokens), sum(shape.widths))
-            slow = fast.clone()
-            slots.add(site, x, fast)
+            slow = torch.randn(len(tokens), sum(shape.widths))
+            fast = slow.to(DEVICE)
+            slots.add(site, x.to(DEVICE), fast)
             add_reference(decoder.sites, site, [adapters[t - 1] if t else None for t in tokens], x, slow)
-            torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(fast.cpu(), slow, rtol=1e-4, atol=1e-4)
 
 
 def test_a_slot_keeps_nothing_of_the_adapter_before(decoder: Decoder, tiny_adapters: list[Path]) -> None:
@@ -118,10 +118,11 @@ def test_a_slot_keeps_nothing_of_the_adapter_before(decoder: Decoder, tiny_adapt
     used.begin([1, 1, 1])
     for site, shape in enumerate(decoder.sites):
         if shape.in_features == 48:
-            left, right = torch.zeros(3, sum(shape.widths)), torch.zeros(3, sum(shape.widths))
-            used.add(site, x, left)
+            right = torch.zeros(3, sum(shape.widths))
+            left = right.to(DEVICE)
+            used.add(site, x.to(DEVICE), left)
             add_reference(decoder.sites, site, [read_peft(tiny_adapters[1])] * 3, x, right)
-            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(left.cpu(), right, rtol=1e-5, atol=1e-5)
 
 
 def test_a_packed_products_rows_do_not_depend_on_how_many_there_are() -> None:

@@ -36,6 +36,9 @@ class Wishes:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     no_repeat_ngram_size: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
     skip_special_tokens: bool = True
     deadline_s: float | None = None
     request_id: str = ""

@@ -214,6 +214,9 @@ class Gateway:
             logprobs=wishes.logprobs,
             prompt_logprobs=wishes.logprobs if scored else None,
             no_repeat_ngram_size=wishes.no_repeat_ngram_size,
+            num_beams=wishes.num_beams,
+            length_penalty=wishes.length_penalty,
+            early_stopping=wishes.early_stopping,
         )
 
     def _check(self, wishes: Wishes, prompts: Sequence[Sequence[int]], param: str) -> None:
@@ -228,6 +231,8 @@ class Gateway:
             raise UnsupportedParameter(
                 "This model's vocabulary has no line break, so such a stop is never met; leave it out.", "stop"
             )
+        if wishes.num_beams > 1:
+            _check_beams(wishes, self.facts())
         if len(wishes.logit_bias) > limits.max_logit_bias:
             raise InvalidRequest(f"logit_bias may hold at most {limits.max_logit_bias} tokens.", "logit_bias")
         _check_ids(wishes.logit_bias, vocabulary, "logit_bias")
@@ -253,6 +258,21 @@ class Gateway:
         limit = self.limits.max_sequences
         if len(command.prompts) * command.wishes.n > limit:
             raise InvalidRequest(f"Prompts times n may be at most {limit} in one request.", "prompt")
+
+
+def _check_beams(wishes: Wishes, facts: EngineFacts) -> None:
+    if not facts.max_answer_len:
+        raise UnsupportedParameter(
+            "Beam search is served for encoder-decoder bases; leave num_beams out, or set temperature 0.", "num_beams"
+        )
+    if wishes.num_beams > facts.max_rows:
+        raise InvalidRequest(f"num_beams may be at most {facts.max_rows} here.", "num_beams")
+    if wishes.n > 1:
+        raise InvalidRequest("Beam search gives one answer, the best; set n to 1.", "n")
+    if wishes.temperature:
+        raise InvalidRequest("Beam search draws nothing; leave temperature out, or set it to 0.", "temperature")
+    if wishes.logprobs is not None:
+        raise UnsupportedParameter("Beam search tells no log-probabilities; leave logprobs out.", "logprobs")
 
 
 def _max_tokens(

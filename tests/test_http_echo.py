@@ -128,6 +128,13 @@ async def test_a_prompt_that_fills_the_context_can_be_scored(client: httpx.Async
         assert (await client.post(COMPLETIONS, json=body)).status_code == status
 
 
+async def test_beams_are_refused_where_the_base_has_none(client: httpx.AsyncClient) -> None:
+    answer = await client.post(COMPLETIONS, json={"model": "base", "prompt": "x", "num_beams": 2})
+    assert (answer.status_code, error_body(answer)["code"]) == (400, "unsupported_parameter")
+    one = {"model": "base", "prompt": "x", "num_beams": 1, "length_penalty": 2.0, "early_stopping": True}
+    assert (await client.post(COMPLETIONS, json=one)).status_code == 200
+
+
 async def test_runs_that_may_not_come_twice_reach_the_engine(client: httpx.AsyncClient, case: Case) -> None:
     for path, prompt in ((COMPLETIONS, {"prompt": "x"}), ("/v1/chat/completions", {"messages": [
         {"role": "user", "content": "x"}]})):  # fmt: skip

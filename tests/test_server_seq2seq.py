@@ -75,10 +75,9 @@ def server(base: Path, adapter: Path) -> Iterator[LiveServer]:
 
 def greedy(model: Any, ids: list[int], count: int, **more: Any) -> list[int]:
     """The reference's tokens, without the start and the end."""
+    settings = {"do_sample": False, "num_beams": 1, **more}
     with torch.inference_mode():
-        out = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=count, do_sample=False, num_beams=1, **more)[
-            0
-        ].tolist()
+        (out,) = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=count, **settings).tolist()
     return [token for token in out[1:] if token != 1]
 
 
@@ -113,6 +112,26 @@ def test_a_mixed_batch_answers_as_each_adapter_alone(server: LiveServer, base: P
         assert (choice["message"]["content"] if chat else choice["text"]) == renderer.decode(ids), (model, text, ngram)
         assert answer["model"] == ("base" if model == "base" else "sum@1")
         assert answer["usage"]["prompt_tokens"] == len(renderer.encode(text))
+
+
+def test_a_beam_search_answers_as_transformers_does_and_says_what_it_cannot(
+    server: LiveServer, base: Path, adapter: Path
+) -> None:
+    renderer = Renderer(base)
+    tuned = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), adapter).eval()
+    body: dict[str, Any] = {"model": "sum", "prompt": "ta te ti", "max_tokens": 10, "num_beams": 4}
+    with server.client() as client:
+        answer = client.post("/v1/completions", json={**body, "length_penalty": 0.6, "early_stopping": True})
+        ids = greedy(tuned, renderer.encode("ta te ti"), 10, num_beams=4, length_penalty=0.6, early_stopping=True)
+        assert answer.json()["choices"][0]["text"] == renderer.decode(ids)
+        for more, param in (
+            ({"n": 2}, "n"),
+            ({"temperature": 0.5}, "temperature"),
+            ({"logprobs": 1}, "logprobs"),
+            ({"num_beams": 64}, "num_beams"),
+        ):
+            refused = client.post("/v1/completions", json={**body, **more})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
 def test_the_openai_sdk_streams_and_counts(server: LiveServer) -> None:

@@ -159,6 +159,9 @@ def _wishes(request: Request, body: Generation, *, max_tokens: int | None, logpr
         logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
         logprobs=logprobs,
         no_repeat_ngram_size=body.no_repeat_ngram_size or 0,
+        num_beams=body.num_beams or 1,
+        length_penalty=1.0 if body.length_penalty is None else body.length_penalty,
+        early_stopping=bool(body.early_stopping),
         skip_special_tokens=body.skip_special_tokens is not False,
         # Of a stream it bounds the silence between two chunks, not the whole answer.
         deadline_s=None if body.stream else read_timeout(request.headers.get("x-stainless-read-timeout")),

@@ -107,7 +107,6 @@ class Generation(Closed):
             "prompt_logprobs",
             "truncate_prompt_tokens",
             "use_beam_search",
-            "length_penalty",
             "priority",
             "chat_template",
             "chat_template_kwargs",
@@ -151,6 +150,9 @@ class Generation(Closed):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     no_repeat_ngram_size: Annotated[int, Field(ge=0, le=100), WHOLE] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=64), WHOLE] | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    early_stopping: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128), WHOLE] | None = None
@@ -182,7 +184,6 @@ class Generation(Closed):
     prompt_logprobs: None = None
     truncate_prompt_tokens: None = None
     use_beam_search: Literal[False] | None = None
-    length_penalty: Literal[1] | None = None
     priority: Literal[0] | None = None
     chat_template: None = None
     chat_template_kwargs: Empty | None = None

@@ -89,19 +89,19 @@ def make_seq2seq_runner(base: EncoderDecoder, rows: int, adapters: int) -> Seq2S
     return runner
 
 
-def random_adapter(base: Decoder | EncoderDecoder, seed: int) -> HostAdapter:
-    """An adapter of rank 16 on every linear, small enough that logits stay finite."""
+def random_adapter(base: Decoder | EncoderDecoder, seed: int, rank: int = RANK) -> HostAdapter:
+    """An adapter of one rank on every linear, small enough that logits stay finite."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator) * 0.02).to(base.dtype)
 
     pairs = {
-        module: (draw(RANK, site.in_features), draw(RANK, width))
+        module: (draw(rank, site.in_features), draw(rank, width))
         for site in base.sites
         for module, width in zip(site.modules, site.widths, strict=True)
     }
-    return HostAdapter(f"random-{seed}", RANK, pairs)
+    return HostAdapter(f"random-{seed}", rank, pairs)
 
 
 def decode_cases(on: DecoderRunner, off: DecoderRunner, rows: int) -> list[Case]:

@@ -10,11 +10,11 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint serve bench loadtest clean
+.PHONY: help install demo test lint serve bench bench-peers bench-train loadtest clean
 .NOTPARALLEL:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make .venv and install everything into it
 
@@ -34,8 +34,15 @@ serve: $(STAMP) ## Fetch the default base if need be and serve on 127.0.0.1:8000
 	@$(BIN)/loraplane models pull
 	@exec $(BIN)/loraplane serve $(ARGS)
 
-bench: $(STAMP) ## Measure the engine alone, in its short form
+bench: $(STAMP) ## Measure the engine alone and behind HTTP, in their short forms: about 3 minutes
 	@$(BIN)/python -m loadtests.bench_engine --short $(ARGS)
+	@$(BIN)/python -m loadtests.bench_http --short $(ARGS)
+
+bench-peers: $(STAMP) ## Install vLLM, transformers and PEFT in the cache, once (5 GB), and measure against them
+	@$(BIN)/python -m loadtests.bench_peers $(ARGS)
+
+bench-train: $(STAMP) ## Measure training against plain Trainer and PEFT
+	@$(BIN)/python -m loadtests.bench_train $(ARGS)
 
 loadtest: $(STAMP) ## 30 s of locust against a server it starts; checks the digest of every answer
 	@$(BIN)/python -m loadtests.run $(ARGS)

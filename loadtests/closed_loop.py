@@ -27,6 +27,7 @@ NEW_TOKENS = 64
 CLIENTS = 16
 _BASE = 0
 _TIMEOUT_S = 600.0
+_TRIED = 4000  # of the vocabulary's tokens, to find words of one token
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +116,7 @@ class Prompter:
 
     def __init__(self, renderer: PromptRenderer, vocabulary: int, seed: int = 0) -> None:
         self._renderer, self._random = renderer, random.Random(seed)
-        self._words = self._single_token_words(vocabulary)
-
-    def _single_token_words(self, vocabulary: int) -> list[str]:
-        found = []
-        for id_ in self._random.sample(range(vocabulary), min(vocabulary, 4000)):
-            word = self._renderer.decode([id_]).strip()
-            if word.isascii() and word.isalnum() and len(self._renderer.encode(f" {word}")) == 1:
-                found.append(word)
-        if len(found) < 2:
-            raise BenchFailed("the base's tokenizer has no words of one token; name another base with --base")
-        return found
+        self._words = single_token_words(renderer, vocabulary, self._random)
 
     def ask(self, target: int, *, prompt_tokens: int = PROMPT_TOKENS, max_tokens: int = NEW_TOKENS) -> Ask:
         """A request with a new prompt."""
@@ -135,6 +126,18 @@ class Prompter:
     def clients(self, workload: Workload, requests: int, max_tokens: int = NEW_TOKENS) -> list[list[Ask]]:
         """So many requests for each client of a workload."""
         return [[self.ask(t, max_tokens=max_tokens) for _ in range(requests)] for t in workload.targets]
+
+
+def single_token_words(renderer: PromptRenderer, vocabulary: int, rng: random.Random) -> list[str]:
+    """Words of one token each, some of those that the vocabulary has. Raises BenchFailed when it has none."""
+    found = []
+    for id_ in rng.sample(range(vocabulary), min(vocabulary, _TRIED)):
+        word = renderer.decode([id_]).strip()
+        if word.isascii() and word.isalnum() and len(renderer.encode(f" {word}", add_special_tokens=False)) == 1:
+            found.append(word)
+    if len(found) < 2:
+        raise BenchFailed("the base's tokenizer has no words of one token; name another base with --base")
+    return found
 
 
 class HttpSide:

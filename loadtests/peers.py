@@ -28,14 +28,17 @@ class PeerFailed(Exception):
 
 
 class Worker:
-    """`peer_worker` in an environment of its own. It runs only while it is asked something."""
+    """A module of ours as a process that answers JSON lines. It runs only while it is asked something.
 
-    def __init__(self, python: Path, log: Path) -> None:
+    python: of the environment that it is to run in; module: what it runs, by default transformers and PEFT.
+    """
+
+    def __init__(self, python: Path, log: Path, module: str = "loadtests.peer_worker") -> None:
         self._log = log
         self._err = log.open("w", encoding="utf-8")
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self._child = Child(
-            [str(python), "-m", "loadtests.peer_worker"],
+            [str(python), "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._err,
@@ -66,11 +69,14 @@ class Worker:
 
     def stop(self) -> None:
         """End it."""
-        self._child.stop()
-        for pipe in (self._child.popen.stdin, self._child.popen.stdout):
+        into, out = self._child.popen.stdin, self._child.popen.stdout
+        self._child.resume()
+        # It ends by itself when nobody can ask any more; a loop that catches SIGTERM might not.
+        for pipe in (into, out):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
+        self._child.stop()
         self._err.close()
 
 

@@ -48,6 +48,10 @@ ENTRYPOINT ["loraplane"]
 CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]
 
 FROM runtime AS cuda
+# Triton starts its kernels through a stub that it compiles on the spot; without a compiler adapters run on torch alone.
+USER root
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER 10001
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN python -c "import sys, torch; sys.exit(None if torch.version.cuda else 'this index gave a CPU build of torch')"
 

@@ -22,7 +22,7 @@ from serving.engine.lora import HostAdapter, Site
 
 _ALIGN = 16  # bytes that the device reads at once
 _FIELDS = 3
-_BLOCK_TOKENS = 16
+BLOCK_TOKENS = 16  # of a block; tensor cores take no fewer
 
 
 def triton_missing() -> str | None:
@@ -53,8 +53,8 @@ def cut(slots: Sequence[int]) -> Segments:
     order: list[int] = []
     blocks: list[tuple[int, int, int]] = []
     for slot, tokens in members.items():
-        for at in range(0, len(tokens), _BLOCK_TOKENS):
-            some = tokens[at : at + _BLOCK_TOKENS]
+        for at in range(0, len(tokens), BLOCK_TOKENS):
+            some = tokens[at : at + BLOCK_TOKENS]
             blocks.append((slot, len(order), len(some)))
             order += some
     return Segments(tuple(order), tuple(blocks))

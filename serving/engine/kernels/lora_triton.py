@@ -18,14 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_TOKENS = 16  # tensor cores take no fewer
+from serving.engine.gpu_slots import BLOCK_TOKENS
+
 BLOCK_RANKS = 16
 _BLOCK_IN = 128
 _BLOCK_OUT = 128
 # The inputs of a wide linear are summed in several programs, since few rows alone would leave most of the card idle.
 _IN_PER_SPLIT = 1024
 _MOST_SPLITS = 8
-FIELDS = 3  # of a block, and of a module in the head of an adapter's buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +63,19 @@ def add(shape: Shape, x: Tensor, y: Tensor, order: Tensor, blocks: Tensor, most_
     # Half formats are exact in tf32; float32 must not lose what it has.
     precision = "ieee" if x.dtype is torch.float32 else "tf32"
     per_split = triton.cdiv(triton.cdiv(shape.in_features, shape.splits), _BLOCK_IN) * _BLOCK_IN
-    _shrink[(programs, shape.modules * chunks, shape.splits)](
-        x, hidden, order, blocks, shape.first, shape.in_features, per_split, x.stride(0), chunks,
-        hidden.stride(0), hidden.stride(1),
-        TOKENS=BLOCK_TOKENS, RANKS=BLOCK_RANKS, INPUTS=_BLOCK_IN, PRECISION=precision,
-    )  # fmt: skip
-    _expand[(programs, triton.cdiv(shape.widest, _BLOCK_OUT), shape.modules)](
-        y, hidden, order, blocks, shape.columns, shape.first, y.stride(0), ranks,
-        hidden.stride(0), hidden.stride(1),
-        SPLITS=shape.splits, TOKENS=BLOCK_TOKENS, RANKS=BLOCK_RANKS, OUTPUTS=_BLOCK_OUT,
-        ALIGNED=shape.aligned, PRECISION=precision,
-    )  # fmt: skip
+    # Triton launches on the thread's own device, which need not be the tensors'.
+    with torch.cuda.device_of(x):
+        _shrink[(programs, shape.modules * chunks, shape.splits)](
+            x, hidden, order, blocks, shape.first, shape.in_features, per_split, x.stride(0), chunks,
+            hidden.stride(0), hidden.stride(1),
+            TOKENS=BLOCK_TOKENS, RANKS=BLOCK_RANKS, INPUTS=_BLOCK_IN, PRECISION=precision,
+        )  # fmt: skip
+        _expand[(programs, triton.cdiv(shape.widest, _BLOCK_OUT), shape.modules)](
+            y, hidden, order, blocks, shape.columns, shape.first, y.stride(0), ranks,
+            hidden.stride(0), hidden.stride(1),
+            SPLITS=shape.splits, TOKENS=BLOCK_TOKENS, RANKS=BLOCK_RANKS, OUTPUTS=_BLOCK_OUT,
+            ALIGNED=shape.aligned, PRECISION=precision,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_module"])  # type: ignore[untyped-decorator]

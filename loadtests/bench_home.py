@@ -23,6 +23,7 @@ from adapters.screen import note
 RANK = 16
 _VOCABULARY = 8192
 _POSITIONS = 4096
+_SPECIALS = ("<s>", "</s>", "<unk>")
 # Small enough that sixty layers of it leave logits finite, large enough that no kernel may skip it.
 _SPREAD = 0.02
 
@@ -75,9 +76,11 @@ def random_base(folder: Path) -> Path:
         eos_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(_VOCABULARY)}, unk_token="w2"))
+    words = [*_SPECIALS, *(f"w{i}" for i in range(len(_SPECIALS), _VOCABULARY))]
+    bos, eos, unknown = _SPECIALS
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w0", eos_token="w1").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos).save_pretrained(folder)
     return folder
 
 

@@ -22,7 +22,7 @@ from adapters.runs import Columns, DataSpec
 from adapters.screen import note
 from loadtests.bench_home import RANK, pick_base
 from loadtests.bench_shell import BenchFailed, Table, Told, add_base_options, parser, positive, run
-from loadtests.closed_loop import single_token_words
+from loadtests.closed_loop import short_words
 from loadtests.goals import ratio, verdicts
 from loadtests.peers import PeerFailed, Worker
 from loadtests.train_side import OURS, PLAIN, PLAIN_OURS
@@ -134,9 +134,9 @@ def take_turns(sides: Sequence[Sided], workers: dict[str, Worker], turn: int) ->
 
 
 def synthetic(renderer: Renderer, vocabulary: int, count: int, seed: int = 0) -> RowSet:
-    """Dialogues of words of one token, with lengths like DialogSum's; an answer repeats words of its dialogue."""
+    """Dialogues of short words, with lengths like DialogSum's; an answer repeats words of its dialogue."""
     rng = random.Random(seed)
-    words = single_token_words(renderer, vocabulary, rng)[:500]
+    words = short_words(renderer, vocabulary, rng)[:500]
     rows = []
     for number in range(count):
         prompt_tokens, answer_tokens = lengths(rng)

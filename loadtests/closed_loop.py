@@ -27,7 +27,8 @@ NEW_TOKENS = 64
 CLIENTS = 16
 _BASE = 0
 _TIMEOUT_S = 600.0
-_TRIED = 4000  # of the vocabulary's tokens, to find words of one token
+_TRIED = 4000  # of the vocabulary's tokens, to find short words
+_SAMPLED = 400  # words, to know how many tokens one has
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +117,14 @@ class Prompter:
 
     def __init__(self, renderer: PromptRenderer, vocabulary: int, seed: int = 0) -> None:
         self._renderer, self._random = renderer, random.Random(seed)
-        self._words = single_token_words(renderer, vocabulary, self._random)
+        self._words = short_words(renderer, vocabulary, self._random)
+        text = " ".join(self._random.choices(self._words, k=_SAMPLED))
+        self._tokens_a_word = len(renderer.encode(text, add_special_tokens=False)) / _SAMPLED
 
     def ask(self, target: int, *, prompt_tokens: int = PROMPT_TOKENS, max_tokens: int = NEW_TOKENS) -> Ask:
         """A request with a new prompt."""
-        prompt = " ".join(self._random.choices(self._words, k=prompt_tokens))
+        count = max(1, round(prompt_tokens / self._tokens_a_word))
+        prompt = " ".join(self._random.choices(self._words, k=count))
         return Ask(target, prompt, tuple(self._renderer.encode(prompt)), max_tokens)
 
     def clients(self, workload: Workload, requests: int, max_tokens: int = NEW_TOKENS) -> list[list[Ask]]:
@@ -128,12 +132,12 @@ class Prompter:
         return [[self.ask(t, max_tokens=max_tokens) for _ in range(requests)] for t in workload.targets]
 
 
-def single_token_words(renderer: PromptRenderer, vocabulary: int, rng: random.Random) -> list[str]:
-    """Words of one token each, some of those that the vocabulary has. Raises BenchFailed when it has none."""
+def short_words(renderer: PromptRenderer, vocabulary: int, rng: random.Random) -> list[str]:
+    """Words of one token, or of two with the blank before them, out of the vocabulary. Raises BenchFailed if none."""
     found = []
     for id_ in rng.sample(range(vocabulary), min(vocabulary, _TRIED)):
         word = renderer.decode([id_]).strip()
-        if word.isascii() and word.isalnum() and len(renderer.encode(f" {word}", add_special_tokens=False)) == 1:
+        if word.isascii() and word.isalnum() and len(renderer.encode(f" {word}", add_special_tokens=False)) <= 2:
             found.append(word)
     if len(found) < 2:
         raise BenchFailed("the base's tokenizer has no words of one token; name another base with --base")

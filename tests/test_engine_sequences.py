@@ -238,25 +238,6 @@ def test_a_deadline_ends_what_runs_and_what_waits(decoder: Decoder) -> None:
         assert [e.code for e in case.answers[key].endings if isinstance(e, Failed)] == ["deadline_exceeded"]
 
 
-def test_F11_a_cancelled_sequence_frees_its_row_and_lease_within_two_steps(
-    decoder: Decoder, tiny_adapters: list[Path]
-) -> None:
-    """F-11 at engine level, 60 cancels at every stage of a sequence's life."""
-    case = EngineCase(decoder, rows=3, slots=2, chunk=2)
-    case.answer(case.submit(PROMPT, tiny_adapters[0]))
-    for stage in range(60):
-        key = case.submit(PROMPT * 3, tiny_adapters[stage % 2], max_tokens=30, ignore_eos=True)
-        for _ in range(stage % 12):
-            case.step()
-        case.engine.cancel(key, key[1])
-        case.step()
-        case.step()
-        assert case.rows.held == 0
-        assert case.slots.leases == 0
-        assert case.scheduler.idle()
-    assert case.scheduler.balanced()
-
-
 def test_more_adapters_in_flight_than_slots_are_all_answered(decoder: Decoder, tiny_adapters: list[Path]) -> None:
     case = EngineCase(decoder, rows=6, slots=2)
     keys = [case.submit(PROMPT, a, max_tokens=30, ignore_eos=True) for a in (*tiny_adapters, *tiny_adapters)]

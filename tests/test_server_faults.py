@@ -146,8 +146,9 @@ def _model(line: str) -> str:
     return str(json.loads(line.removeprefix("data: "))["model"])
 
 
-def test_F11_clients_that_hang_up_at_any_byte_leave_nothing_behind(server: LiveServer) -> None:
-    """F-11 at reduced scale: 100 disconnects at a random byte of the stream, then every gauge is back at zero."""
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_F11_clients_that_hang_up_at_any_byte_leave_nothing_behind(server: LiveServer, count: int) -> None:
+    """Disconnects at a random byte of the stream, then every gauge is back at zero, leases and quarantine too."""
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     host, port = server.url.removeprefix("http://").split(":")
@@ -163,8 +164,8 @@ def test_F11_clients_that_hang_up_at_any_byte_leave_nothing_behind(server: LiveS
                 got += len(data)
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(hang_up, [rng.randrange(0, 6000) for _ in range(100)]))
-    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
+        list(pool.map(hang_up, [rng.randrange(0, 6000) for _ in range(count)]))
+    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "adapter_leases", "adapter_quarantined"):
         wait_for(lambda name=name: server.gauge(name) == 0, 30, name)  # type: ignore[misc]
 
 

@@ -8,13 +8,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from adapters.prompts import Renderer
 from adapters.screen import note
 from loadtests import prefill_stall
 from loadtests.bench_home import Furnished, furnish, pick_base
-from loadtests.bench_shell import Table, Told, add_base_options, parser, run
+from loadtests.bench_shell import Table, Told, add_base_options, aside, parser, run
 from loadtests.closed_loop import CLIENTS, HttpSide, LoopFigure, Prompter, Side, Workload, take_turns, workloads
 from loadtests.goals import ratio, verdicts
 from loadtests.in_process import EngineSide, engine_config
@@ -50,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace) -> Told:
     size = SHORT if options.short else LONG
     with tempfile.TemporaryDirectory(prefix="loraplane-bench-") as scratch:
-        base = pick_base(options, Path(scratch))
-        home = furnish(base, Path(scratch), CLIENTS)
+        base = aside(partial(pick_base, options, Path(scratch)))
+        home = aside(partial(furnish, base, Path(scratch), CLIENTS))
         prompter = Prompter(Renderer(home.folder), home.base.vocab_size)
         server = start_server(home, Path(scratch) / "serve.log", options.threads)
         engines: list[EngineSide] = []

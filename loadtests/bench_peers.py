@@ -30,7 +30,7 @@ from loadtests.bench_cases import (
 )
 from loadtests.bench_home import RANK, Furnished, furnish, pick_base
 from loadtests.bench_http import CONTEXT, SERVED, served_side, start_server
-from loadtests.bench_shell import BenchFailed, Table, Told, add_base_options, parser, run
+from loadtests.bench_shell import BenchFailed, Table, Told, add_base_options, aside, parser, run
 from loadtests.closed_loop import CLIENTS, NEW_TOKENS, HttpSide, LoopFigure, Prompter, Workload, take_turns, workloads
 from loadtests.goals import ratio, verdicts
 from loadtests.in_process import EngineSide, engine_config
@@ -86,16 +86,17 @@ def _measure(options: argparse.Namespace) -> Told:
     found = Found()
     with tempfile.TemporaryDirectory(prefix="loraplane-peers-") as scratch:
         root = Path(scratch)
-        base = pick_base(options, root)
-        home = furnish(base, root, ROWS)
+        base = aside(partial(pick_base, options, root))
+        home = aside(partial(furnish, base, root, ROWS))
         if "decoder" in parts or "seq2seq" in parts:
             python = _python(options, found)
             if python is not None and "decoder" in parts:
-                work = partial(_decoder, python, home, root, threads, size, found)
-                _attempt(found, "transformers and PEFT", work)
+                for what, part in ((CONTINUOUS, _continuous), ("transformers and PEFT", _decoder)):
+                    _attempt(found, what, partial(aside, partial(part, python, home, root, threads, size, found)))
             if python is not None and "seq2seq" in parts:
                 for name, make in ((T5, random_t5), (BART, random_bart)):
-                    _attempt(found, name, partial(_seq2seq, python, name, make, root, threads, size, found))
+                    part = partial(_seq2seq, python, name, make, root, threads, size, found)
+                    _attempt(found, name, partial(aside, part))
         if "vllm" in parts:
             folder = _environment(VLLM, options, found)
             if folder is not None:
@@ -130,20 +131,16 @@ def _python(options: argparse.Namespace, found: Found) -> Path | None:
 
 
 def _decoder(python: Path, home: Furnished, root: Path, threads: int, size: Size, found: Found) -> None:
-    """transformers' static and continuous batches, PEFT mixed and one by one, each in turns with our runner."""
-    dtype = pick_dtype("auto", torch.device("cpu"))
+    """transformers' static batch, PEFT mixed and one by one, each in turns with our runner."""
     with ExitStack() as stack:
-        worker = _worker(python, root, stack)
+        worker, dtype = _worker(python, home.folder, root, threads, stack)
         found.versions |= worker.ask(do="versions")["versions"]
-        worker.ask(do="load", folder=str(home.folder), dtype=str(dtype).removeprefix("torch."), threads=threads)
         decoder = load_decoder(home.folder, dtype, torch.device("cpu"), MAX_LEN)
         on, off = make_runner(decoder, ROWS, ROWS), make_runner(decoder, ROWS, 0)
         ours = decode_cases(on, off, ROWS)
         base, each = ours[0], ours[3]
         note(STATIC)
         found.pairs[STATIC] = against(base, WorkerCase(STATIC, worker, ROWS), size.rounds, size.steps)
-        note(CONTINUOUS)
-        _attempt(found, CONTINUOUS, partial(_continuous, worker, home, threads, size, found))
         worker.ask(do="adapt", adapters=ROWS, rank=RANK)
         note(MIXED)
         mixed = WorkerCase(MIXED, worker, ROWS, [f"a{i}" for i in range(1, ROWS + 1)])
@@ -152,10 +149,13 @@ def _decoder(python: Path, home: Furnished, root: Path, threads: int, size: Size
         found.pairs[SERIAL] = against(each, WorkerCase(SERIAL, worker, 1), size.rounds, size.steps)
 
 
-def _continuous(worker: Worker, home: Furnished, threads: int, size: Size, found: Found) -> None:
+def _continuous(python: Path, home: Furnished, root: Path, threads: int, size: Size, found: Found) -> None:
     """Whole answers to prompts that all come at once: our scheduler against transformers', prefill included."""
-    side = EngineSide("ours", engine_config(home, threads=threads), [])
-    try:
+    note(CONTINUOUS)
+    with ExitStack() as stack:
+        worker, _ = _worker(python, home.folder, root, threads, stack)
+        side = EngineSide("ours", engine_config(home, threads=threads), [])
+        stack.callback(side.stop)
         prompter = Prompter(Renderer(home.folder), home.base.vocab_size)
         mine, theirs = [], []
         for turn in range(size.rounds + 1):
@@ -164,8 +164,6 @@ def _continuous(worker: Worker, home: Furnished, threads: int, size: Size, found
             if turn:
                 mine.append(own)
                 theirs.append(took)
-    finally:
-        side.stop()
     tokens = ROWS * NEW_TOKENS
     found.whole[CONTINUOUS] = (tokens / statistics.median(mine), tokens / statistics.median(theirs))
 
@@ -176,11 +174,8 @@ def _seq2seq(
     """16 rows on 16 adapters of a random encoder-decoder, ours against PEFT."""
     note(name)
     folder = make(root / name.partition(",")[0].lower())
-    dtype = pick_dtype("auto", torch.device("cpu"))
     with ExitStack() as stack:
-        worker = _worker(python, root, stack)
-        kind = str(dtype).removeprefix("torch.")
-        worker.ask(do="load", folder=str(folder), dtype=kind, threads=threads, seq2seq=True)
+        worker, dtype = _worker(python, folder, root, threads, stack, seq2seq=True)
         worker.ask(do="adapt", adapters=ROWS, rank=RANK)
         runner = make_seq2seq_runner(load_seq2seq(folder, dtype), ROWS, ROWS)
         mixed = WorkerCase(name, worker, ROWS, [f"a{i}" for i in range(1, ROWS + 1)])
@@ -188,10 +183,16 @@ def _seq2seq(
         found.pairs[name] = against(each, mixed, size.rounds, size.slow_steps)
 
 
-def _worker(python: Path, root: Path, stack: ExitStack) -> Worker:
+def _worker(
+    python: Path, base: Path, root: Path, threads: int, stack: ExitStack, *, seq2seq: bool = False
+) -> tuple[Worker, torch.dtype]:
+    """A worker that has loaded a base in the number format that ours computes in here, and that format."""
+    dtype = pick_dtype("auto", torch.device("cpu"))
     worker = Worker(python, root / "worker.log")
     stack.callback(worker.stop)
-    return worker
+    kind = str(dtype).removeprefix("torch.")
+    worker.ask(do="load", folder=str(base), dtype=kind, threads=threads, seq2seq=seq2seq)
+    return worker, dtype
 
 
 def _http(folder: Path, home: Furnished, root: Path, threads: int | None, size: Size, found: Found) -> None:

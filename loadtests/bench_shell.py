@@ -9,16 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from adapters.errors import LoraplaneError
 from adapters.screen import say, show_table
 from loadtests.goals import COLUMNS, Verdict, all_good
 from loadtests.machine import described, machine
 from loadtests.processes import ServerFailed, interruptible
+
+Result = TypeVar("Result")
 
 
 class BenchFailed(Exception):
@@ -92,6 +95,29 @@ def run(work: Callable[[argparse.Namespace], Told], options: argparse.Namespace)
     line |= {"goals": [v.to_json() for v in told.goals], "left_out": list(told.left_out)}
     print(json.dumps(line, allow_nan=False), flush=True)
     return 1 if options.strict and not all_good(told.goals) else 0
+
+
+def aside(work: Callable[[], Result]) -> Result:
+    """Do something in a thread that ends with it, and return what it returns.
+
+    Whatever multiplies tensors beside an engine of this process must go this way: OpenMP keeps a pool for every thread
+    that computed, and once they have more threads than there are cores, all of them sleep at each barrier.
+    """
+    done: list[Result] = []
+    failed: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:  # raised again where it is waited for
+            failed.append(error)
+
+    thread = threading.Thread(target=target, name="aside", daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return done[0]
 
 
 def _quiet() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from adapters.errors import BaseMissing
 from loadtests import bench_engine, bench_http, bench_peers, bench_train
-from loadtests.bench_shell import BenchFailed, Table, Told, parser, run
+from loadtests.bench_shell import BenchFailed, Table, Told, aside, parser, run
 from loadtests.goals import GOALS, Goal, Word, all_good, ratio, verdicts
 from loadtests.machine import described, machine
 
@@ -145,3 +145,13 @@ def test_a_machine_is_known_by_its_features() -> None:
     assert "with amx-tile" in described({**found, "amx_tile": True})
     plain = dict.fromkeys(("avx2", "avx512f", "avx512_bf16"), False)
     assert "with no wide vectors" in described({**found, **plain})
+
+
+def test_what_is_done_aside_returns_or_raises_as_if_it_were_done_here() -> None:
+    assert aside(lambda: 3) == 3
+    with pytest.raises(BenchFailed, match="aside"):
+        aside(fails)
+
+
+def fails() -> None:
+    raise BenchFailed("aside")

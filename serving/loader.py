@@ -126,10 +126,11 @@ class HostTier:
         negative_cache_s: float,
         wake: Callable[[], None],
         now: Callable[[], float] = time.monotonic,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         self._read, self._budget, self._wake, self._now = read, budget_bytes, wake, now
         self._negative_cache_s = negative_cache_s
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="adapter-load")
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="adapter-load", initializer=begin)
         self._results: queue.SimpleQueue[_Loaded] = queue.SimpleQueue()
         self._held: OrderedDict[str, HostAdapter] = OrderedDict()
         self._loading: set[str] = set()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from serving.engine.build import build_engine
 from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine
-from serving.engine.request import Event, Failed, Finished, Sampling, Tokens
+from serving.engine.plan import Key, Outgoing
+from serving.engine.request import Event, Failed, Finished, Sampling, Submit, Tokens
 from serving.link import Address, EngineLink, LinkServer
 
 TOKEN = "0123456789abcdef"
@@ -38,6 +43,7 @@ class Replica:
             max_rows=4,
             probe_after_s=0.2,
         )
+        self.config = config
         self.engine: Engine = build_engine(config, self.link.sink)
         self.engine.start()
         self.link.start(self.engine)
@@ -163,3 +169,37 @@ def test_an_idle_engine_proves_itself_by_a_probe(replica: Replica) -> None:
             await asyncio.sleep(0)
 
     asyncio.run(scenario())
+
+
+def test_loading_an_adapter_leaves_the_engines_thread_its_own_number_of_threads(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loads compute with one thread each: OpenMP pools beside the engine's double the time of every step."""
+    seen: list[tuple[str, int]] = []
+
+    def watched(owner: Any, name: str, label: str) -> None:
+        plain = getattr(owner, name)
+
+        def call(*args: Any) -> Any:
+            seen.append((label, torch.get_num_threads()))
+            return plain(*args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    ended = threading.Event()
+    config = replace(replica.config, threads=2)
+    engine = build_engine(config, lambda outgoing: ended.set() if _ends(outgoing) else None)
+    watched(engine._host, "_read", "load")
+    watched(engine._runner, "run", "step")
+    engine.start()
+    for number, adapter in enumerate((None, "0" * 64, None)):  # the load fails, on its own thread
+        ended.clear()
+        sampling = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True)
+        engine.submit(Key((0, number)), Submit(number, (5, 6), sampling, adapter))
+        assert ended.wait(30)
+    engine.stop()
+    assert set(seen) == {("load", 1), ("step", 2)}
+
+
+def _ends(outgoing: Sequence[Outgoing]) -> bool:
+    return any(isinstance(event, Finished | Failed) for _, event in outgoing)

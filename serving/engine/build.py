@@ -27,11 +27,11 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
     """Load the base and make an engine that is ready to start. Takes seconds; raises BaseUnsupported."""
     check_family(config.family)
     device = pick_device(config.device)
-    torch.set_num_threads(config.num_threads)
     dtype = pick_dtype(config.dtype, device)
     # In a thread that ends: OpenMP keeps a pool for every thread that computed, and once the pools together have more
     # threads than there are cores it lets none of them spin at a barrier. A step then took 33 ms instead of 18.
     with ThreadPoolExecutor(1, thread_name_prefix="base-load") as once:
+        once.submit(_use_threads, config.num_threads).result()
         base, runner, max_answer_len = once.submit(_load, config, dtype, device).result()
     rows, slots = RowTable(config.max_rows), SlotTable(config.slots)
     engines: list[Engine] = []
@@ -41,6 +41,7 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
         workers=config.load_workers,
         negative_cache_s=config.negative_cache_s,
         wake=lambda: engines[0].wake(),
+        begin=partial(_use_threads, 1),
     )
     limits = Limits(
         max_model_len=config.max_model_len,
@@ -77,9 +78,16 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
         sink,
         queue_limit=config.queue_limit,
         probe_after_s=config.probe_after_s,
+        begin=partial(_use_threads, config.num_threads),
     )
     engines.append(engine)
     return engine
+
+
+def _use_threads(count: int) -> None:
+    """Compute with so many threads in this one. Threads that only load adapters keep no pool beside the engine's."""
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # a thread takes the process's figure at its first product: let that be now
 
 
 def _load(

@@ -26,7 +26,7 @@ Sink = Callable[[Sequence[Outgoing]], None]
 
 class Engine:
     """Runs sequences on a runner. `submit` and `cancel` may be called from any thread; events go to `sink` from the
-    engine's own, in batches of one step."""
+    engine's own, in batches of one step. begin: called once in that thread, before its first step."""
 
     def __init__(
         self,
@@ -41,10 +41,11 @@ class Engine:
         queue_limit: int,
         probe_after_s: float,
         now: Callable[[], float] = time.monotonic,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         self.facts = facts
         self._runner, self._scheduler, self._rows, self._slots, self._host = runner, scheduler, rows, slots, host
-        self._sink, self._now = sink, now
+        self._sink, self._now, self._begin = sink, now, begin
         self._queue_limit, self._probe_after_s = queue_limit, probe_after_s
         self._inbox: queue.SimpleQueue[tuple[Key, Submit | Cancel]] = queue.SimpleQueue()
         self._work = threading.Event()
@@ -198,6 +199,8 @@ class Engine:
     def _run(self) -> None:
         beat_at = self._now()
         try:
+            if self._begin is not None:
+                self._begin()
             while not self._stopping:
                 self._work.clear()
                 computed = self.step()

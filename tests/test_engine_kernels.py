@@ -19,6 +19,7 @@ from serving.engine.ops import Activation, Norm, Ops
 from serving.engine.packed import PackedSlots
 from serving.engine.plan import Key, RowPlan
 from serving.engine.request import Sampling
+from serving.engine.row_attention import over_rows
 from tests.engine_case import DEVICE
 
 SEED = 20261122
@@ -141,6 +142,37 @@ def test_a_copied_prefix_answers_like_its_source() -> None:
     cache.begin(rows((0, 50, 0), (2, 50, 0)))
     first, second = cache.attend(0, more.repeat(2, 1))
     assert torch.equal(first, second)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dim", [16, 64, 80])
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_token_a_row_attends_as_in_torch_whoever_else_does(dim: int, biased: bool) -> None:
+    """Nine rows of 1 to 130 positions out of order, against torch in float32; alone, bit for bit the same."""
+    keys, values, q = draw(12, 4, 192, dim), draw(12, 4, 192, dim), draw(9, 4, dim)
+    rows = torch.tensor([3, 0, 11, 5, 4, 9, 1, 7, 2])
+    lengths = torch.tensor([1, 130, 64, 65, 17, 16, 128, 2, 99])
+    bias = torch.randn(4, 9, 192) if biased else None
+    exact = over_rows(rows, lengths, 192, bias, 0.3, None, keys.float())(q.float(), keys.float(), values.float())
+    found = over_rows(rows, lengths, 192, bias, 0.3, cpu_kernels(), keys)(q, keys, values)
+    assert near(found, exact)
+    for n in range(9):
+        own = None if bias is None else bias[:, n : n + 1]
+        alone = over_rows(rows[n : n + 1], lengths[n : n + 1], 192, own, 0.3, cpu_kernels(), keys)
+        assert torch.equal(alone(q[n : n + 1], keys, values), found[n : n + 1])
+    keys[5] = float("nan")
+    sick = over_rows(rows, lengths, 192, bias, 0.3, cpu_kernels(), keys)(q, keys, values)
+    assert sick[3].isnan().all()
+    assert torch.equal(sick[:3], found[:3])
+    assert torch.equal(sick[4:], found[4:])
+
+
+@needs_kernels
+def test_rows_and_lengths_outside_a_cache_are_refused() -> None:
+    cache, q = draw(2, 1, 16, 16), draw(1, 1, 16)
+    for row, length in ((2, 1), (-1, 1), (0, 17), (0, 0)):
+        with pytest.raises(RuntimeError, match="outside the cache"):
+            over_rows(torch.tensor([row]), torch.tensor([length]), 16, None, 1.0, cpu_kernels(), cache)(q, cache, cache)
 
 
 @needs_kernels

@@ -16,11 +16,11 @@ from serving.engine.memory import lazy_zeros
 from serving.engine.ops import Norm
 from serving.engine.plan import FED_ALREADY, NO_SLOT, Key, RowPlan, StepPlan, StepResult
 from serving.engine.request import Sampling
+from serving.engine.row_attention import over_rows, span_of
 from serving.engine.sampling import sample
 from serving.engine.seq2seq import Block, EncoderDecoder, Linear, Stack, tokens_of
 
 _PROBE = Key((-1, -1))
-_KEY_BLOCK = 64  # keys are attended to in multiples of this, so that a row rounds the same whatever shares its step
 
 
 class Seq2SeqRunner:
@@ -139,17 +139,11 @@ class Seq2SeqRunner:
         at = torch.tensor([r.row for r in rows], device=b.device)
         where = torch.tensor([self._written[r.row] for r in rows])
         read = torch.tensor([self._read[r.row] for r in rows])
-        own, cross = self._span(int(where.max()) + 1, b.max_output), self._span(int(read.max()), b.max_input)
-        unseen = torch.arange(own) > where[:, None]
-        own_mask = torch.zeros(len(rows), 1, 1, own, dtype=b.dtype).masked_fill_(unseen[:, None, None], float("-inf"))
-        absent = torch.arange(cross) >= read[:, None]
-        cross_mask = torch.zeros(len(rows), 1, 1, cross, dtype=b.dtype).masked_fill_(
-            absent[:, None, None], float("-inf")
-        )
-        own_mask, cross_mask = own_mask.to(b.device), cross_mask.to(b.device)
+        own = span_of(int(where.max()) + 1, b.max_output)
         bias = _by_distance(b.decoder.distance_bias, where, own)
-        if bias is not None:
-            own_mask = own_mask + bias.transpose(0, 1)[:, :, None]
+        kernels, like = b.ops.kernels, self._keys[0]
+        over_own = over_rows(at, where + 1, own, bias, b.scale, kernels, like)
+        over_read = over_rows(at, read, span_of(int(read.max()), b.max_input), None, b.scale, kernels, like)
         x = self._embed(b.decoder, tokens, where.tolist())
         place = where.to(b.device)
 
@@ -157,15 +151,13 @@ class Seq2SeqRunner:
             q, k, v = self._heads(lora(block.qkv, h), 3)
             keys, values = self._keys[index], self._values[index]
             keys[at, :, place], values[at, :, place] = k, v
-            found = self._attend(q[:, :, None], keys[at, :, :own], values[at, :, :own], own_mask)
-            return lora(block.out, found.flatten(1))
+            return lora(block.out, over_own(q, keys, values))
 
         def cross_attend(index: int, block: Block, h: Tensor) -> Tensor:
             if block.cross_q is None or block.cross_out is None:
                 return torch.zeros_like(h)
             (q,) = self._heads(lora(block.cross_q, h), 1)
-            keys, values = self._cross_keys[index][at, :, :cross], self._cross_values[index][at, :, :cross]
-            return lora(block.cross_out, self._attend(q[:, :, None], keys, values, cross_mask).flatten(1))
+            return lora(block.cross_out, over_read(q, self._cross_keys[index], self._cross_values[index]))
 
         for index, block in enumerate(b.decoder.blocks):
             x = self._part(x, block.attention_norm, partial(attend, index, block))
@@ -218,9 +210,6 @@ class Seq2SeqRunner:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self._b.scale)
-
-    def _span(self, length: int, most: int) -> int:
-        return min(most, -(-length // _KEY_BLOCK) * _KEY_BLOCK)
 
 
 def _by_distance(table: Tensor | None, queries: Tensor, keys: int) -> Tensor | None:

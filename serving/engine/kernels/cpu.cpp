@@ -348,6 +348,66 @@ Tensor attend(Tensor qkv, const Tensor& cos, const Tensor& sin, const Tensor& ro
   return out;
 }
 
+// One query a row over caches that lie plainly: softmax(scale q.k + bias) v over the first lengths[n] positions of cache
+// row rows[n]. q (n, heads, d); keys, values (rows, heads, positions, d); bias (heads, n, at least the longest length),
+// float32. Returns (n, heads * d).
+Tensor attend_rows(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& rows, const Tensor& lengths,
+                   const std::optional<Tensor>& bias, double scale) {
+  check(q, 3, "q");
+  check(keys, 4, "keys");
+  check(values, 4, "values");
+  const int64_t count = q.size(0), heads = q.size(1), d = q.size(2), positions = keys.size(2);
+  TORCH_CHECK(d % LANES == 0 && keys.size(1) == heads && keys.size(3) == d && values.sizes() == keys.sizes() &&
+                  rows.numel() == count && lengths.numel() == count,
+              "shapes do not fit");
+  if (bias) check(*bias, 3, "bias");
+  const int64_t* row = rows.data_ptr<int64_t>();
+  const int64_t* length = lengths.data_ptr<int64_t>();
+  const int64_t span = bias ? bias->size(2) : positions;
+  for (int64_t n = 0; n < count; ++n)
+    TORCH_CHECK(row[n] >= 0 && row[n] < keys.size(0) && length[n] >= 1 && length[n] <= std::min(span, positions),
+                "a row lies outside the cache");
+  const float* biases = bias ? bias->data_ptr<float>() : nullptr;
+  const bf16* qs = q.data_ptr<bf16>();
+  const bf16* all_keys = keys.data_ptr<bf16>();
+  const bf16* all_values = values.data_ptr<bf16>();
+  Tensor out = at::empty({count, heads * d}, q.options());
+  bf16* outs = out.data_ptr<bf16>();
+#pragma omp parallel
+  {
+    std::vector<float> weight(static_cast<size_t>(positions + LANES));
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < count * heads; ++item) {
+      const int64_t n = item / heads, h = item % heads, seen = length[n];
+      const bf16* query = qs + item * d;
+      const bf16* k = all_keys + (row[n] * heads + h) * positions * d;
+      const bf16* v = all_values + (row[n] * heads + h) * positions * d;
+      const float* shift = biases == nullptr ? nullptr : biases + (h * count + n) * span;
+      float most = -std::numeric_limits<float>::infinity();
+      for (int64_t p = 0; p < seen; ++p) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < d; i += LANES) sum = _mm512_fmadd_ps(load16(query + i), load16(k + p * d + i), sum);
+        weight[p] = _mm512_reduce_add_ps(sum) * static_cast<float>(scale) + (shift == nullptr ? 0.0f : shift[p]);
+        // Written so that a NaN is kept: a row whose numbers went wrong must show it.
+        if (!(weight[p] <= most)) most = weight[p];
+      }
+      for (int64_t p = seen; p < seen + LANES; ++p) weight[p] = -std::numeric_limits<float>::infinity();
+      float total = 0.0f;
+      for (int64_t p = 0; p < seen; p += LANES) {
+        const __m512 e = exp_negative(_mm512_sub_ps(_mm512_loadu_ps(weight.data() + p), _mm512_set1_ps(most)));
+        _mm512_storeu_ps(weight.data() + p, e);
+        total += _mm512_reduce_add_ps(e);
+      }
+      for (int64_t i = 0; i < d; i += LANES) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t p = 0; p < seen; ++p) sum = _mm512_fmadd_ps(_mm512_set1_ps(weight[p]), load16(v + p * d + i), sum);
+        store16(outs + item * d + i, _mm512_div_ps(sum, _mm512_set1_ps(total)));
+      }
+    }
+  }
+  return out;
+}
+
 // --- low-rank updates ------------------------------------------------------------------------------------------------
 // An adapter lies in one buffer. For a site, at `a`: (ranks/16, in/2, 16, 2), the ranks of its modules one after the
 // other, each module's padded to an even number, all padded to 16. For a module, at `b`: (out/16, rank/2, 16, 2).
@@ -478,5 +538,8 @@ TORCH_LIBRARY(loraplane, m) {
       "attend(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor rows, Tensor where, Tensor(b!) keys, Tensor(c!) values, "
       "int heads, float scale, float softcap, int window, Tensor? q_norm, Tensor? k_norm, float eps, float offset) -> Tensor",
       attend);
+  m.def(
+      "attend_rows(Tensor q, Tensor keys, Tensor values, Tensor rows, Tensor lengths, Tensor? bias, float scale) -> Tensor",
+      attend_rows);
   m.def("lora_add(Tensor(a!) y, Tensor x, Tensor blocks, Tensor buffers, Tensor table, int site) -> ()", lora_add);
 }

@@ -39,7 +39,7 @@ class Size:
     window_s: float
 
 
-SHORT = Size(rounds=2, requests=1, alone=3, windows=1, window_s=6.0)
+SHORT = Size(rounds=1, requests=1, alone=3, windows=1, window_s=5.0)
 LONG = Size(rounds=5, requests=3, alone=8, windows=3, window_s=9.0)
 
 
@@ -67,7 +67,7 @@ def _measure(options: argparse.Namespace) -> Told:
             for engine in engines:
                 engine.stop()
             server.stop()
-    return told(base.name, figures, stalled, idle, left_out)
+    return told(base.name, figures, stalled, idle, left_out, like=engines[0].name)
 
 
 def start_server(home: Furnished, log: Path, threads: int | None) -> ServerProcess:
@@ -129,10 +129,18 @@ def _stalls(
 
 
 def told(
-    base: str, figures: Sequence[LoopFigure], stalls: dict[str, Stall], idle: float, left_out: Sequence[str]
+    base: str,
+    figures: Sequence[LoopFigure],
+    stalls: dict[str, Stall],
+    idle: float,
+    left_out: Sequence[str],
+    *,
+    like: str,
 ) -> Told:
-    """What the bench says. idle: cores that the server takes when nobody asks."""
+    """What the bench says. idle: cores that the server takes when nobody asks; like: the engine with its threads."""
     costs = {name: edge_cost(figures, name) for name in (w.name for w in workloads())}
+    alike = [f for f in figures if f.side in (SERVED, like)]
+    same = {name: edge_cost(alike, name) for name in costs}
     ttft = added_ttft(figures, _ALONE.name)
     goals = verdicts(
         {
@@ -152,6 +160,7 @@ def told(
             "base": base,
             "loops": [asdict(f) for f in figures],
             "edge_cost": {k: None if v is None else round(v, 4) for k, v in costs.items()},
+            "edge_cost_same_threads": {k: None if v is None else round(v, 4) for k, v in same.items()},
             "added_ttft_ms": {name: added_ttft(figures, name) for name in dict.fromkeys(f.workload for f in figures)},
             "long_prompts": {name: s.to_json() for name, s in stalls.items()},
             "idle_cores": round(idle, 3),
@@ -159,14 +168,18 @@ def told(
         tables=(
             Table(LoopFigure.COLUMNS, [f.row() for f in figures]),
             Table(
-                ("EDGE COSTS, OF THE FASTER ENGINE", "SHARE"),
-                [(k, "-" if v is None else f"{v * 100:.1f} %") for k, v in costs.items()],
+                ("EDGE COSTS", "OF THE FASTER ENGINE", f"OF THE ONE {like.upper()}"),
+                [(name, _percent(costs[name]), _percent(same[name])) for name in costs],
             ),
             Table(("LONG PROMPTS AMONG", "QUIET GAPS", "BUSY", "QUIET P99 MS", "BUSY", "RATIO", "THEIR TTFT"), rows),
         ),
         goals=goals,
         left_out=left_out,
     )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share * 100:.1f} %"
 
 
 def edge_cost(figures: Sequence[LoopFigure], workload: str) -> float | None:

@@ -179,15 +179,23 @@ def quiet(p99: float, busy: float) -> Stall:
 
 
 def test_the_worse_of_two_mixtures_counts_for_long_prompts() -> None:
-    said = told("tiny", FIGURES, {"base": quiet(10.0, 15.0), "distinct": quiet(10.0, 25.0)}, 0.1, ())
+    said = told(
+        "tiny",
+        FIGURES,
+        {"base": quiet(10.0, 15.0), "distinct": quiet(10.0, 25.0)},
+        0.1,
+        (),
+        like="in-process, 1 threads",
+    )
     reached = {v.goal.id: (v.reached, v.word) for v in said.goals}
     assert reached["G9"] == (2.5, Word.NOT_DONE)
     assert reached["G7.ttft"] == (5.0, Word.REACHED)
     assert reached["G7.cost"][1] is Word.NOT_DONE
+    assert said.report["edge_cost_same_threads"]["16 distinct"] == 0.1
 
 
 def test_without_long_prompts_their_goal_is_not_measured() -> None:
-    said = told("tiny", FIGURES, {}, 0.1, ("G9: too few positions",))
+    said = told("tiny", FIGURES, {}, 0.1, ("G9: too few positions",), like="")
     assert {v.goal.id: v.word for v in said.goals}["G9"] is Word.UNKNOWN
     assert list(said.left_out) == ["G9: too few positions"]
 

@@ -24,6 +24,10 @@ COPY adapters adapters
 COPY serving serving
 COPY train train
 RUN pip install -c constraints.txt '.[serve,train,eval,postgres]'
+# The CPU kernels, compiled here since no compiler is where they run; a CPU without their instructions leaves them alone.
+RUN if [ "$(uname -m)" = x86_64 ]; then \
+      apt-get update && apt-get install -y --no-install-recommends g++ && cd / && python -m serving.engine.kernels.load; \
+    fi
 
 FROM ${PYTHON_IMAGE} AS runtime
 # A number, not a name: Kubernetes' runAsNonRoot can check it.

@@ -23,7 +23,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="Threads for tensor work; 0: all cores but one.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads for tensor work; 0: one a core.")] = 0,
     max_model_len: Annotated[int, typer.Option(min=16, help="Longest prompt and answer together, in tokens.")] = 2048,
     max_rows: Annotated[int, typer.Option(min=1, help="Sequences that run at the same time.")] = 16,
     slots: Annotated[int, typer.Option(min=1, help="Adapters that lie on the device at the same time.")] = 16,

@@ -294,6 +294,28 @@ def test_the_switch_and_a_machine_without_a_compiler_leave_the_work_to_torch(
 
 
 @needs_kernels
+@needs_kernels
+def test_a_library_that_was_shipped_beside_its_source_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An image without a compiler: nothing is built, and nothing is written to a home."""
+    source = tmp_path / "cpu.cpp"
+    source.write_text(load.SOURCE.read_text())
+    monkeypatch.setattr(load, "SOURCE", source)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    monkeypatch.delenv(load.SWITCH, raising=False)
+
+    def none_here(folder: Path) -> None:
+        raise KernelsMissing("there is no compiler")
+
+    with pytest.raises(KernelsMissing, match="cannot be used"):
+        load._library(none_here)
+    shipped = tmp_path / load._name()
+    shipped.touch()
+    assert load._library(none_here) == shipped
+    source.write_text(source.read_text() + "// newer")
+    with pytest.raises(KernelsMissing):  # a library of another source is not this one's
+        load._library(none_here)
+
+
 def test_a_build_that_dies_leaves_nothing_and_the_next_one_works(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -15,8 +15,8 @@ DTYPES = ("auto", "bfloat16", "float32")
 class EngineConfig:
     """One engine. Sizes in tokens, rows, slots and bytes; folder and blobs are absolute paths.
 
-    device: `cpu` or `cuda[:n]`. dtype: `auto`, `float32` or `bfloat16`. threads 0: one a core but one, which the edge
-    gets. max_rank bounds what may be loaded; slots grow to the largest rank that is resident.
+    device: `cpu` or `cuda[:n]`. dtype: `auto`, `float32` or `bfloat16`. threads 0: one a core. max_rank bounds what
+    may be loaded; slots grow to the largest rank that is resident.
     """
 
     base_folder: str
@@ -54,7 +54,7 @@ class EngineConfig:
     def num_threads(self) -> int:
         """Threads for tensor work. Ray gives a replica one by default, so it is always set.
 
-        Without a figure one core is left to the edge: OpenMP threads that wait for a core somebody else has took ten
-        times as long a step, and on two cores one thread was as fast over HTTP as two (docs/decisions.md).
+        Without a figure one a core: what the edge takes from them costs less than a core that waits for it
+        (docs/decisions.md).
         """
-        return self.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        return self.threads or len(os.sched_getaffinity(0))

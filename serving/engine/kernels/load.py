@@ -1,4 +1,9 @@
-"""Builds the CPU kernels once with the machine's compiler and keeps them; where that cannot be, says why."""
+"""Builds the CPU kernels once with the machine's compiler and keeps them; where that cannot be, says why.
+
+    python -m serving.engine.kernels.load
+
+builds them beside their source, for images that have no compiler where they run.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +48,18 @@ def _library(build: Callable[[Path], None]) -> Path:
         raise KernelsMissing(f"{SWITCH} is off")
     if "AVX512" not in torch.backends.cpu.get_cpu_capability() or not torch.cpu._is_avx512_bf16_supported():
         raise KernelsMissing("this CPU has no bfloat16 products of 512 bits")
+    shipped = SOURCE.with_name(_name())
+    return shipped if shipped.exists() else _built(_private_folder(), build)
+
+
+def _name() -> str:
+    """The library's file name: another for another source, torch or set of flags."""
     built_from = f"{SOURCE.read_text()}\0{torch.__version__}\0{_FLAGS}"
-    folder = _private_folder()
-    library = folder / f"cpu-{hashlib.sha256(built_from.encode()).hexdigest()[:16]}.so"
+    return f"cpu-{hashlib.sha256(built_from.encode()).hexdigest()[:16]}.so"
+
+
+def _built(folder: Path, build: Callable[[Path], None]) -> Path:
+    library = folder / _name()
     if not library.exists():
         # Built aside and moved: a build that was killed, or runs twice, leaves nothing half made and no lock.
         with tempfile.TemporaryDirectory(dir=folder) as aside:
@@ -84,3 +98,7 @@ def _build(folder: Path) -> None:
         )
     except (RuntimeError, OSError, ImportError) as error:
         raise KernelsMissing(f"the kernels could not be built: {(str(error).splitlines() or [''])[0]}") from None
+
+
+if __name__ == "__main__":
+    _built(SOURCE.parent, _build)

@@ -78,7 +78,8 @@ def test_what_publishing_would_refuse_is_refused_before_training(prepare: Prepar
 
 
 def test_what_publishing_takes_is_prepared(prepare: Prepare) -> None:
-    for fine in ("lora.r=64", "lora.alpha=256", "lora.targets=[self_attn.q_proj]", "lora.targets=[embed_tokens, lm_head]", "note=one\\ntwo"):
+    targets = ("lora.targets=[self_attn.q_proj]", "lora.targets=[embed_tokens, lm_head]")
+    for fine in ("lora.r=64", "lora.alpha=256", *targets, "note=one\\ntwo"):
         prepare(fine)
     assert len(prepare("optim.max_steps=1", "optim.warmup=0").plan.batches) == 1
 

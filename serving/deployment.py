@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -42,6 +43,9 @@ class EngineReplica:
         self._address = Address(str(Path(sockets) / name), token, name)
         self._link = LinkServer(Path(self._address.path), token)
         self._engine = build_engine(replace(config, replica=name), self._link.sink)
+        # What lives as long as the process is not searched for garbage again and again: that took longer than a step.
+        gc.collect()
+        gc.freeze()
         self._engine.start()
         self._link.start(self._engine)
 

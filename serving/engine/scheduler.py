@@ -33,7 +33,9 @@ from serving.engine.slots import NoSlotFree, Placement, SlotTable
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The figures that bound a scheduler. prefill_chunk: prompt tokens a step while others decode.
+    """The figures that bound a scheduler. prefill_chunk: tokens of a step in which prompts join
+    decode rows, these included, though never less than a quarter of it for prompts: so a long prompt costs the streams
+    beside it the same, however many they are.
 
     max_answer_len: of an encoder-decoder (see EngineFacts), whose prompts are computed whole; else 0.
     forced_tokens: tokens that each of its answers begins with unseen. prefix_reuse: whether a prompt may start behind
@@ -48,6 +50,12 @@ class Limits:
     max_answer_len: int = 0
     prefix_reuse: bool = True
     forced_tokens: int = 0
+
+    def prefill_budget(self, decoding: int) -> int:
+        """How many prompt tokens may join a step with so many decode rows."""
+        if not decoding:
+            return self.prefill_chunk_alone
+        return max(self.prefill_chunk - decoding, -(-self.prefill_chunk // 4))
 
 
 class Scheduler:
@@ -242,7 +250,7 @@ class Scheduler:
             if s.state is State.DECODE
             for row in decode_rows(s, self._slot(s), self._eos)
         ]
-        budget = self._limits.prefill_chunk if rows else self._limits.prefill_chunk_alone
+        budget = self._limits.prefill_budget(len(rows))
         for sequence in self._running.values():
             if budget <= 0:
                 break

@@ -14,11 +14,12 @@ from adapters.errors import AdapterLoadFailed
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.ops import Ops
-from serving.engine.plan import Key, RowPlan, StepPlan, StepResult
+from serving.engine.plan import Key, RowPlan, StepPlan
 from serving.engine.request import Failed, Finished, FinishReason, Sampling, Tokens
-from serving.engine.runner import DecoderRunner, Runner, make_slots
+from serving.engine.runner import DecoderRunner, make_slots
 from serving.engine.sampling import sample, uniform
 from tests.engine_case import EngineCase, load_tiny, read_peft
+from tests.test_engine_reliability import Planted
 from tests.tiny_base import VOCAB, Oracle, save_random, tiny_config
 
 SEED = 20261122
@@ -339,39 +340,6 @@ def test_the_host_tier_keeps_to_its_budget(decoder: Decoder, tiny_adapters: list
     assert case.host.counts.loads["store"] >= 6
 
 
-class Poisoned:
-    """A runner whose forward raises, or gives NaN, for prompts that hold the poison token."""
-
-    POISON = 99
-
-    def __init__(self, runner: Runner, mode: str) -> None:
-        self._runner, self._mode = runner, mode
-
-    def run(self, plan: StepPlan) -> StepResult:
-        hit = [r for r in plan.rows if self.POISON in r.tokens]
-        if hit and self._mode == "raise":
-            raise RuntimeError("planted")
-        if hit:
-            cache = self._runner._cache._keys + self._runner._cache._values  # type: ignore[attr-defined]
-            result = self._runner.run(plan)
-            for tensor in cache:
-                for r in hit:
-                    tensor[r.row] = float("nan")
-            from serving.engine.plan import Sampled
-
-            return StepResult({**result.sampled, **{r.row: Sampled(fault="planted") for r in hit if r.sample}})
-        return self._runner.run(plan)
-
-    def install(self, slot: int, adapter: HostAdapter) -> None:
-        self._runner.install(slot, adapter)
-
-    def tidy(self, plan: StepPlan) -> None:
-        self._runner.tidy(plan)
-
-    def probe(self) -> bool:
-        return self._runner.probe()
-
-
 def test_every_id_of_the_vocabulary_can_be_a_prompt(decoder: Decoder) -> None:
     case = EngineCase(decoder, rows=8)
     for token in range(VOCAB):
@@ -395,10 +363,10 @@ def test_a_large_cache_is_resident_only_where_it_was_written() -> None:
 
 
 def test_an_engine_whose_every_row_fails_does_not_call_itself_alive(decoder: Decoder) -> None:
-    case = EngineCase(decoder, wrap=lambda runner: Poisoned(runner, "raise"))
+    case = EngineCase(decoder, wrap=lambda runner: Planted(runner, "raise"))
     case.answer(case.submit(PROMPT))
     alive = case.engine.idle_s
     for _ in range(3):
-        case.submit([Poisoned.POISON])
+        case.submit([Planted.POISON])
         case.step(seconds=1.0)
     assert case.engine.idle_s >= alive + 3.0

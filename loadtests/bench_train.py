@@ -141,11 +141,18 @@ def synthetic(renderer: Renderer, vocabulary: int, count: int, seed: int = 0) ->
     for number in range(count):
         prompt_tokens, answer_tokens = lengths(rng)
         said = rng.choices(words, k=prompt_tokens)
-        turns = [said[i : i + _TURN_WORDS] for i in range(0, len(said), _TURN_WORDS)]
-        text = "\n".join(f"{'AB'[i % 2]}: {' '.join(turn)}" for i, turn in enumerate(turns))
+        # Speakers and line ends are tokens too, how many depends on the base: cut until it is no longer than asked.
+        while (size := len(renderer.encode(_turns(said), add_special_tokens=False))) > prompt_tokens:
+            said = said[: len(said) * prompt_tokens // size]
+        text = _turns(said)
         answer = " ".join(said[:: max(1, len(said) // answer_tokens)][:answer_tokens])
         rows.append(Row(str(number), (Message("user", text), Message("assistant", answer))))
     return RowSet("synthetic dialogues", tuple(rows))
+
+
+def _turns(said: Sequence[str]) -> str:
+    turns = [said[i : i + _TURN_WORDS] for i in range(0, len(said), _TURN_WORDS)]
+    return "\n".join(f"{'AB'[i % 2]}: {' '.join(turn)}" for i, turn in enumerate(turns))
 
 
 def lengths(rng: random.Random) -> tuple[int, int]:

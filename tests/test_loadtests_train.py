@@ -44,7 +44,7 @@ def test_every_side_has_a_turn_that_counts(size: bench_train.Size) -> None:
 def test_all_sides_train_on_the_same_rows(tiny_base: Path) -> None:
     renderer = Renderer(tiny_base)
     rows = synthetic(renderer, renderer.vocab_size, 12)
-    examples = render(rows, renderer, PromptFormat(), 4096).examples
+    examples = render(rows, renderer, PromptFormat(), bench_train.MAX_LENGTH).examples  # every row fits
     sides = make_sides(examples, 4)
     assert all(sorted(i for batch in batches for i in batch) == list(range(12)) for batches in sides.values())
     assert sides[OURS] == sides[PLAIN_OURS] != sides[PLAIN]

@@ -263,7 +263,7 @@ class Gateway:
 def _check_beams(wishes: Wishes, facts: EngineFacts) -> None:
     if not facts.max_answer_len:
         raise UnsupportedParameter(
-            "Beam search is served for encoder-decoder bases; leave num_beams out, or set temperature 0.", "num_beams"
+            "Beam search is served for encoder-decoder bases; leave num_beams out, or set it to 1.", "num_beams"
         )
     if wishes.num_beams > facts.max_rows:
         raise InvalidRequest(f"num_beams may be at most {facts.max_rows} here.", "num_beams")

@@ -131,8 +131,12 @@ async def test_a_prompt_that_fills_the_context_can_be_scored(client: httpx.Async
 async def test_beams_are_refused_where_the_base_has_none(client: httpx.AsyncClient) -> None:
     answer = await client.post(COMPLETIONS, json={"model": "base", "prompt": "x", "num_beams": 2})
     assert (answer.status_code, error_body(answer)["code"]) == (400, "unsupported_parameter")
-    one = {"model": "base", "prompt": "x", "num_beams": 1, "length_penalty": 2.0, "early_stopping": True}
+    one = {"model": "base", "prompt": "x", "num_beams": 1, "length_penalty": 1, "early_stopping": False}
     assert (await client.post(COMPLETIONS, json=one)).status_code == 200
+    for lone in ({"length_penalty": 2.0}, {"early_stopping": True}, {"num_beams": 1, "length_penalty": 0}):
+        answer = await client.post(COMPLETIONS, json={"model": "base", "prompt": "x", **lone})
+        assert answer.status_code == 400, lone
+        assert "num_beams" in error_body(answer)["message"]
 
 
 async def test_runs_that_may_not_come_twice_reach_the_engine(client: httpx.AsyncClient, case: Case) -> None:

@@ -165,6 +165,7 @@ def from_validation(
 _AGREEMENTS = frozenset(
     {
         "stream_options",
+        "num_beams",
         "top_logprobs",
         "max_tokens",
         "continue_final_message",

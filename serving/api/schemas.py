@@ -151,7 +151,7 @@ class Generation(Closed):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     no_repeat_ngram_size: Annotated[int, Field(ge=0, le=100), WHOLE] | None = None
     num_beams: Annotated[int, Field(ge=1, le=64), WHOLE] | None = None
-    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    length_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     early_stopping: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = None
     ignore_eos: bool | None = None
@@ -189,6 +189,12 @@ class Generation(Closed):
     chat_template_kwargs: Empty | None = None
     allowed_token_ids: None = None
     bad_words: Nothing | None = None
+
+    @model_validator(mode="after")
+    def _beams_are_what_is_ranked(self) -> Generation:
+        if (self.num_beams or 1) == 1 and (self.early_stopping or self.length_penalty not in (None, 1)):
+            raise PydanticCustomError("num_beams", "length_penalty and early_stopping need num_beams above 1")
+        return self
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Generation:

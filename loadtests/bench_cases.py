@@ -65,12 +65,17 @@ class PrefillCase:
         self._runner = runner
 
     def steps(self, count: int) -> list[float]:
-        found = []
-        for _ in range(count):
-            begun = time.perf_counter()
-            self._runner.run(self._plan)
-            found.append(time.perf_counter() - begun)
-        return found
+        return same_step(self._runner, self._plan, count)
+
+
+def same_step(runner: DecoderRunner, plan: StepPlan, count: int) -> list[float]:
+    """Seconds of each of so many runs of one plan."""
+    found = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        runner.run(plan)
+        found.append(time.perf_counter() - begun)
+    return found
 
 
 def make_runner(decoder: Decoder, rows: int, adapters: int) -> DecoderRunner:

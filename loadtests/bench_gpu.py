@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from loadtests.bench_cases import random_adapter
+from loadtests.bench_cases import random_adapter, same_step
 from loadtests.bench_shell import BenchFailed, Table, Told, parser, positive, run
 from loadtests.floors import weight_bytes
 from loadtests.goals import verdicts
@@ -73,12 +73,7 @@ class StepCase:
 
     def steps(self, count: int) -> list[float]:
         """See Case. The host reads the tokens of each step, so a step has ended when the next begins."""
-        found = []
-        for _ in range(count):
-            begun = time.perf_counter()
-            self._runner.run(self._plan)
-            found.append(time.perf_counter() - begun)
-        return found
+        return same_step(self._runner, self._plan, count)
 
 
 _SHAPE, _WORK = Shape(), Work()

@@ -25,6 +25,7 @@ LoraplaneError
 │   ├── NotReady                  starting, restarting or draining
 │   ├── EngineLost                the engine died while it worked on this request
 │   ├── AdapterLoadFailed
+│   ├── AdapterUnloaded           the version was taken out of service while this request waited or ran
 │   ├── EngineFault               the engine failed this one request
 │   └── StoreFailed               the disk or the database failed, or what lies there has rotted
 ├── DeadlineExceeded
@@ -318,6 +319,12 @@ class AdapterQuarantined(Unavailable):
     """A published adapter failed repeatedly and is not asked for a while."""
 
     code = "adapter_quarantined"
+
+
+class AdapterUnloaded(Unavailable):
+    """The version was taken out of service while this request waited or ran; its alias may name another by now."""
+
+    code = "adapter_unloaded"
 
 
 class EngineFault(Unavailable):

@@ -15,6 +15,7 @@ from adapters.errors import (
     AdapterLoadFailed,
     AdapterNumerics,
     AdapterQuarantined,
+    AdapterUnloaded,
     Cancelled,
     DeadlineExceeded,
     EngineFault,
@@ -339,6 +340,8 @@ def engine_error(failed: Failed, model: str) -> LoraplaneError:
                 f"{model} gave no finite numbers repeatedly and is set aside; try again later, or ask another version.",
                 hint,
             )
+        case AdapterUnloaded.code:
+            return AdapterUnloaded(f"{model} was taken out of service; ask again, or ask another version.", hint)
         case DeadlineExceeded.code:
             return DeadlineExceeded("The request was not complete before its deadline.")
         case Cancelled.code:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
-from serving.engine.request import EngineFacts, Event, Heartbeat, Sampling
+from serving.engine.request import EngineFacts, Event, Failed, Heartbeat, Moved, Sampling
 
 
 class EngineDoor(Protocol):
@@ -38,3 +38,18 @@ class EngineDoor(Protocol):
         An engine that dies gives Failed(code='engine_lost'); no engine at all gives Failed(code='not_ready').
         Closing the iterator early (aclose, or cancelling the task that reads it) cancels the sequence.
         """
+
+    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+        """Have an adapter on the host, and keep it there for ttl_s seconds; returns once it is there, or why not.
+
+        Failed is with the load's own code, `adapter_capacity`, `adapter_unloaded`, `engine_lost` or `not_ready`. Giving
+        up the wait (a timeout, a cancellation) leaves the load as it is. An engine that restarts has forgotten what was
+        warm and what was pinned; its heartbeat tells what is.
+        """
+
+    async def pin(self, digest: str, on: bool) -> Moved | Failed:
+        """Have an adapter in a slot and leave it there (on), or let it go as others do (off). Failed as in `warm`."""
+
+    async def drop(self, digest: str, deadline_s: float) -> Moved | Failed:
+        """Refuse an adapter's new sequences, let the running ones end, after deadline_s seconds end them, and free its
+        bytes on every tier; returns then. Once this is over the adapter may be asked for again: hide it first."""

@@ -24,6 +24,7 @@ import structlog
 from serving.engine.plan import Key, Outgoing
 from serving.engine.request import (
     Cancel,
+    Drop,
     EngineFacts,
     Event,
     Events,
@@ -32,9 +33,15 @@ from serving.engine.request import (
     FromEngine,
     Heartbeat,
     Hello,
+    Keep,
+    Moved,
+    Pin,
     Sampling,
     Submit,
     ToEngine,
+    Told,
+    Unpin,
+    Warm,
 )
 
 if TYPE_CHECKING:  # the gateway's end needs no torch, and `loraplane serve --help` waits for none
@@ -48,6 +55,7 @@ _RECONNECT_S = 0.2
 _log = structlog.get_logger()
 _encoder = msgspec.msgpack.Encoder()
 _Message = TypeVar("_Message")
+_ENDINGS = (Finished, Failed, Moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +98,11 @@ class LinkServer:
 
     def sink(self, outgoing: Sequence[Outgoing]) -> None:
         """Take a step's events from the engine's thread."""
-        frames: dict[int, list[Event]] = {}
+        frames: dict[int, list[Told]] = {}
         for key, event in outgoing:
             frames.setdefault(key[0], []).append(event)
         packed = [
-            (number, _pack(Events(tuple(events))), [e.id for e in events if isinstance(e, Finished | Failed)])
+            (number, _pack(Events(tuple(events))), [e.id for e in events if isinstance(e, _ENDINGS)])
             for number, events in frames.items()
         ]
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
@@ -171,6 +179,9 @@ class LinkServer:
                 elif isinstance(message, Cancel):
                     live.discard(message.id)
                     engine.cancel(Key((number, message.id)), message.id)
+                elif not isinstance(message, Hello):
+                    live.add(message.id)
+                    engine.keep(Key((number, message.id)), message)
         except (msgspec.DecodeError, TimeoutError) as error:
             _log.warning("gateway_refused", error=str(error)[:200])
         finally:
@@ -180,6 +191,7 @@ class LinkServer:
             writer.close()
 
 
+_NOT_READY = Failed(0, "not_ready", "No engine is ready; it is starting or restarting.", retry_after_s=2.0)
 Locate = Callable[[], Awaitable[Address]]
 
 
@@ -192,7 +204,7 @@ class EngineLink:
         self._heartbeat: Heartbeat | None = None
         self._heartbeat_at = float("-inf")
         self._writer: asyncio.StreamWriter | None = None
-        self._queues: dict[int, asyncio.Queue[Event]] = {}
+        self._queues: dict[int, asyncio.Queue[Told]] = {}
         self._ids = itertools.count(1)
         self.connections = 0
 
@@ -223,22 +235,51 @@ class EngineLink:
         """See EngineDoor."""
         writer = self._writer
         if writer is None:
-            yield Failed(0, "not_ready", "No engine is ready; it is starting or restarting.", retry_after_s=2.0)
+            yield _NOT_READY
             return
         number = next(self._ids)
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        events: asyncio.Queue[Told] = asyncio.Queue()
         self._queues[number] = events
         ended = False
         try:
             writer.write(_pack(Submit(number, tuple(prompt), sampling, adapter, choice, deadline_s, tenant)))
             while not ended:
                 event = await events.get()
-                ended = isinstance(event, Finished | Failed)
-                yield event
+                ended = isinstance(event, _ENDINGS)
+                if not isinstance(event, Moved):
+                    yield event
         finally:
             del self._queues[number]
             if not ended and self._writer is writer:
                 writer.write(_pack(Cancel(number)))
+
+    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+        """See EngineDoor."""
+        return await self._ask(Warm(next(self._ids), digest, ttl_s))
+
+    async def pin(self, digest: str, on: bool) -> Moved | Failed:
+        """See EngineDoor."""
+        number = next(self._ids)
+        return await self._ask(Pin(number, digest) if on else Unpin(number, digest))
+
+    async def drop(self, digest: str, deadline_s: float) -> Moved | Failed:
+        """See EngineDoor."""
+        return await self._ask(Drop(next(self._ids), digest, deadline_s))
+
+    async def _ask(self, message: Keep) -> Moved | Failed:
+        writer = self._writer
+        if writer is None:
+            return _NOT_READY
+        answers: asyncio.Queue[Told] = asyncio.Queue()
+        self._queues[message.id] = answers
+        try:
+            writer.write(_pack(message))
+            while True:
+                answer = await answers.get()
+                if isinstance(answer, Moved | Failed):
+                    return answer
+        finally:
+            del self._queues[message.id]
 
     async def run(self) -> None:
         """Connect, read until the engine is gone, fail what it was working on, and again. Ends when cancelled."""

@@ -136,6 +136,7 @@ class HostTier:
         self._loading: set[str] = set()
         self._failed: dict[str, _Failure] = {}
         self._fresh: set[str] = set()
+        self._kept: set[str] = set()
         self.counts = LoadCounts()
 
     @property
@@ -163,8 +164,9 @@ class HostTier:
             return LoadState(Load.READY, source="store" if digest in self._fresh else "host")
         failure = self._failed.get(digest)
         if failure is not None:
-            if self._now() < failure.until:
-                return LoadState(Load.FAILED, (failure.code, failure.message))
+            wait = failure.until - self._now()
+            if wait > 0:
+                return LoadState(Load.FAILED, (failure.code, failure.message), retry_after_s=wait)
             del self._failed[digest]
         if digest not in self._loading:
             self._loading.add(digest)
@@ -183,6 +185,8 @@ class HostTier:
                 done = self._results.get_nowait()
             except queue.Empty:
                 break
+            if done.digest not in self._loading:  # dropped meanwhile
+                continue
             self._loading.discard(done.digest)
             if done.adapter is None:
                 self._failed[done.digest] = _Failure(*done.failure, until=self._now() + self._negative_cache_s)
@@ -193,10 +197,37 @@ class HostTier:
             self.counts.count("store", done.seconds)
         self._failed = {d: f for d, f in self._failed.items() if self._now() < f.until}
         held = self.held_bytes
-        while held > self._budget and len(self._held) > 1:
-            digest, adapter = self._held.popitem(last=False)
-            self._fresh.discard(digest)
-            held -= adapter.size_bytes
+        for digest in [d for d in self._held if d not in self._kept][:-1]:
+            if held <= self._budget:
+                break
+            held -= self.drop(digest)
+
+    def keep(self, digest: str) -> bool:
+        """Hold on to an adapter whatever the budget wants; False when what is kept would then exceed the budget.
+
+        Raises KeyError for an adapter that is not on the host.
+        """
+        kept = self._kept | {digest}
+        if sum(self._held[d].size_bytes for d in kept) > self._budget:
+            return False
+        self._kept = kept
+        return True
+
+    def release(self, digest: str) -> None:
+        """Hold on to it no longer than to any other."""
+        self._kept.discard(digest)
+
+    def bytes_of(self, digest: str) -> int:
+        """Bytes of an adapter on the host; 0 when it is not there."""
+        return self._held[digest].size_bytes if digest in self._held else 0
+
+    def drop(self, digest: str) -> int:
+        """Forget an adapter; how many bytes that freed. A load of it that is under way ends in nothing."""
+        self._fresh.discard(digest)
+        self._kept.discard(digest)
+        self._loading.discard(digest)
+        adapter = self._held.pop(digest, None)
+        return 0 if adapter is None else adapter.size_bytes
 
     def close(self) -> None:
         """Stop the workers; loads not begun are dropped."""

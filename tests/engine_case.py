@@ -21,7 +21,7 @@ from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.plan import Key, Outgoing
 from serving.engine.reading import load_decoder
-from serving.engine.request import EngineFacts, Event, Failed, Finished, Sampling, Submit, Tokens
+from serving.engine.request import EngineFacts, Event, Failed, Finished, Keep, Moved, Sampling, Submit, Tokens, Told
 from serving.engine.runner import DecoderRunner, Runner, make_slots
 from serving.engine.scheduler import Limits, Scheduler
 from serving.engine.slots import SlotTable
@@ -71,6 +71,7 @@ class EngineCase:
     ) -> None:
         self.time = 0.0
         self.answers: dict[Key, Answer] = {}
+        self.told: dict[Key, Told | None] = {}
         self._numbers: Iterator[int] = itertools.count(1)
         self._woken = threading.Event()
         self.rows, self.slots = RowTable(rows), SlotTable(slots)
@@ -104,6 +105,9 @@ class EngineCase:
 
     def _take(self, outgoing: Sequence[Outgoing]) -> None:
         for key, event in outgoing:
+            if key in self.told or isinstance(event, Moved):
+                self.told[key] = event
+                continue
             answer = self.answers[key]
             answer.events.append(event)
             if isinstance(event, Tokens):
@@ -123,6 +127,13 @@ class EngineCase:
         settings = Sampling(**{"max_tokens": 8, "temperature": 0.0, **sampling})  # type: ignore[arg-type]
         name = None if adapter is None else str(adapter)
         self.engine.submit(key, Submit(key[1], tuple(prompt), settings, name, choice, deadline_s))
+        return key
+
+    def keep(self, make: Callable[[int], Keep]) -> Key:
+        """Send Warm, Pin, Unpin or Drop with a number of its own; `told` has the answer once it came."""
+        key = Key((0, next(self._numbers)))
+        self.told[key] = None
+        self.engine.keep(key, make(key[1]))
         return key
 
     def step(self, seconds: float = 0.01) -> bool:

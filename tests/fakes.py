@@ -18,6 +18,7 @@ from serving.engine.request import (
     Finished,
     FinishReason,
     Heartbeat,
+    Moved,
     PromptLogprobs,
     Sampling,
     SlotState,
@@ -97,7 +98,8 @@ def repeat_forever(submission: Submission) -> Sequence[int]:
 class FakeEngine:
     """An EngineDoor that follows a script: token ids, or a Failed in their place.
 
-    gate: while cleared, no token comes. pause_s: time between tokens.
+    gate: while cleared, no token comes. pause_s: time between tokens. refusals: by digest, what warm, pin and drop
+    answer in place of Moved; warmed (digest -> ttl_s), pinned and dropped: what they were asked.
     """
 
     script: Script = field(default_factory=lambda: say("Hello, world"))
@@ -107,6 +109,10 @@ class FakeEngine:
     idle_s: float = 0.0
     heartbeat_age: float = 0.1
     submissions: list[Submission] = field(default_factory=list)
+    refusals: dict[str, Failed] = field(default_factory=dict)
+    warmed: dict[str, float] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
+    dropped: list[tuple[str, float]] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -159,6 +165,8 @@ class FakeEngine:
             load_seconds={"disk": 0.5 * len(seen)},
             evictions=0,
             queue_limit=256,
+            pinned=tuple(sorted(self.pinned)),
+            warm=tuple(sorted(self.warmed)),
         )
 
     @property
@@ -182,6 +190,29 @@ class FakeEngine:
                 yield event
         finally:
             submission.ended = submission.ended or "closed"
+
+    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+        if (refusal := self._refusal(digest)) is not None:
+            return refusal
+        self.warmed[digest] = ttl_s
+        return Moved(0, digest, "device", 100)
+
+    async def pin(self, digest: str, on: bool) -> Moved | Failed:
+        if (refusal := self._refusal(digest)) is not None:
+            return refusal
+        (self.pinned.add if on else self.pinned.discard)(digest)
+        return Moved(0, digest, "device", 100)
+
+    async def drop(self, digest: str, deadline_s: float) -> Moved | Failed:
+        if (refusal := self._refusal(digest)) is not None:
+            return refusal
+        self.dropped.append((digest, deadline_s))
+        self.pinned.discard(digest)
+        self.warmed.pop(digest, None)
+        return Moved(0, digest, "gone", 100)
+
+    def _refusal(self, digest: str) -> Failed | None:
+        return self.refusals.get(digest) if self.connected else Failed(0, "not_ready", "no engine")
 
     async def _events(self, number: int, submission: Submission) -> AsyncIterator[Event]:
         if not self.connected:

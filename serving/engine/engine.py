@@ -10,15 +10,18 @@ from collections.abc import Callable, Sequence
 import msgspec
 import structlog
 
+from serving.engine.keeping import Keeper
 from serving.engine.kv import RowTable
+from serving.engine.lora import HostAdapter
 from serving.engine.plan import Key, Outgoing, Sampled, StepPlan, StepResult
-from serving.engine.request import Cancel, EngineFacts, Heartbeat, SlotState, Submit, TokenLogprob
+from serving.engine.request import Cancel, EngineFacts, Heartbeat, Keep, SlotState, Submit, TokenLogprob
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import Placement, SlotTable
 from serving.loader import HostTier
 
 _BEAT_S = 0.5
+_NOTHING = HostAdapter("", 0, {})  # what an emptied slot holds: installing it frees what was there
 _log = structlog.get_logger()
 
 Sink = Callable[[Sequence[Outgoing]], None]
@@ -47,7 +50,8 @@ class Engine:
         self._runner, self._scheduler, self._rows, self._slots, self._host = runner, scheduler, rows, slots, host
         self._sink, self._now, self._begin = sink, now, begin
         self._queue_limit, self._probe_after_s = queue_limit, probe_after_s
-        self._inbox: queue.SimpleQueue[tuple[Key, Submit | Cancel]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Key, Submit | Cancel | Keep]] = queue.SimpleQueue()
+        self._keeper = Keeper(scheduler, slots, host, install=self._install, clear=self._clear)
         self._work = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -55,6 +59,7 @@ class Engine:
         self._steps = 0
         self._tokens = 0
         self._ranks: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
         self._beat = self._snapshot()
 
     # -- from any thread ------------------------------------------------------------------------------------------
@@ -71,6 +76,11 @@ class Engine:
     def cancel(self, key: Key, number: int) -> None:
         """Forget a sequence; no event of it follows once the current step is over."""
         self._inbox.put((key, Cancel(number)))
+        self._work.set()
+
+    def keep(self, key: Key, message: Keep) -> None:
+        """Warm, pin, unpin or drop an adapter; its one answer goes to the sink."""
+        self._inbox.put((key, message))
         self._work.set()
 
     def wake(self) -> None:
@@ -124,6 +134,9 @@ class Engine:
             prompt_tokens=s.prompt_tokens,
             reused_tokens=s.reused_tokens,
             quarantined=s.breaker.aside(self._now()),
+            pinned=self._slots.pinned,
+            warm=self._keeper.warm,
+            dropping=self._keeper.dropping,
         )
 
     def step(self) -> bool:
@@ -132,6 +145,7 @@ class Engine:
         out = self._take_in(now)
         out += self._scheduler.expire(now)
         self._host.poll()
+        out += self._keeper.step(now)
         installs, refused = self._scheduler.admit(now)
         out += refused
         for digest, placement in installs:
@@ -161,19 +175,33 @@ class Engine:
                 return out
             if isinstance(message, Cancel):
                 self._scheduler.cancel(key)
+                self._keeper.forget(key)
+            elif not isinstance(message, Submit):
+                out += self._keeper.take(key, message, now)
+            elif refusal := self._keeper.refuses(message):
+                out.append((key, refusal))
             else:
                 out += [(key, event) for event in self._scheduler.submit(key, message, now)]
 
     def _install(self, digest: str, placement: Placement) -> list[Outgoing]:
         self._ranks.pop(placement.evicted or "", None)
+        self._sizes.pop(placement.evicted or "", None)
         try:
             adapter = self._host.take(digest)
             self._runner.install(placement.slot, adapter)
-            self._ranks[digest] = adapter.rank
+            self._ranks[digest], self._sizes[digest] = adapter.rank, adapter.size_bytes
         except Exception as error:
             _log.exception("adapter_install_failed", digest=digest, error=type(error).__name__)
             return self._scheduler.abandon(digest, f"adapter {digest[:12]} cannot be installed: {error}")
         return []
+
+    def _clear(self, digest: str) -> int:
+        """Empty the slot of an adapter nobody uses; how many bytes its tensors had there."""
+        size = self._sizes.pop(digest, 0)
+        self._ranks.pop(digest, None)
+        self._runner.install(self._slots.slot_of(digest), _NOTHING)
+        self._slots.forget(digest)
+        return size
 
     def _compute(self, plan: StepPlan) -> StepResult:
         try:
@@ -211,7 +239,7 @@ class Engine:
                 if self._scheduler.idle() and self.idle_s >= self._probe_after_s and self._runner.probe():
                     self._alive_at = self._now()
                 # Waiting sequences have deadlines; an idle engine has its probe.
-                self._work.wait(timeout=1.0 if self._scheduler.idle() else 0.05)
+                self._work.wait(timeout=1.0 if self._scheduler.idle() and self._keeper.idle else 0.05)
         except Exception:
             _log.exception("engine_thread_died")
         finally:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from serving.engine.beams import Candidate
 from serving.engine.kv import Copy
-from serving.engine.request import Event, Sampling, TokenLogprob
+from serving.engine.request import LoadTimes, Sampling, TokenLogprob, Told
 
 NO_SLOT = 0
 FED_ALREADY = -1  # the token that the runner sampled last for this row
@@ -21,7 +21,7 @@ class Key(tuple[int, int]):
     __slots__ = ()
 
 
-Outgoing = tuple[Key, Event]
+Outgoing = tuple[Key, Told]
 
 
 class Load(Enum):
@@ -34,11 +34,15 @@ class Load(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LoadState:
-    """The loader's answer. failure: (code, message) when FAILED. source: the tier it came from, for the timing."""
+    """The loader's answer. failure: (code, message) when FAILED; retry_after_s: when trying again may help, None never.
+    source: the tier it came from, for the timing; times: of a load that brought it, while nobody has taken it yet.
+    """
 
     load: Load
     failure: tuple[str, str] = ("", "")
     source: str = "host"
+    retry_after_s: float | None = None
+    times: LoadTimes | None = None
 
 
 class Loader(Protocol):

@@ -2,7 +2,8 @@
 
 A gateway sends Submit and Cancel; an engine answers with Tokens and exactly one ending (Finished or Failed) for
 each submitted sequence, and with a Heartbeat about once a second. One frame of a step carries the events of all
-sequences of one gateway (`Events`).
+sequences of one gateway (`Events`). Warm, Pin, Unpin and Drop say which adapters are kept and which must go: each is
+answered once, by Moved or by Failed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from enum import StrEnum
 
 import msgspec
+
+LOAD_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class State(StrEnum):
@@ -89,6 +92,44 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class Warm(msgspec.Struct, frozen=True, tag=True):
+    """Bring an adapter to the host, and to a slot if one is empty; it stays on the host for ttl_s seconds at least.
+
+    `id` is of the same numbers as Submit's, here and in the three below. Answered once it is there, or cannot be.
+    """
+
+    id: int
+    digest: str
+    ttl_s: float
+
+
+class Pin(msgspec.Struct, frozen=True, tag=True):
+    """Bring an adapter into a slot and leave it there until Unpin. Answered once it lies there.
+
+    deadline_s: how long it may wait for a slot; then it is refused with `adapter_capacity`.
+    """
+
+    id: int
+    digest: str
+    deadline_s: float = 30.0
+
+
+class Unpin(msgspec.Struct, frozen=True, tag=True):
+    """Let the adapter's slot be given away again. Nothing happens to one that is not pinned."""
+
+    id: int
+    digest: str
+
+
+class Drop(msgspec.Struct, frozen=True, tag=True):
+    """Forget an adapter on every tier of this engine: new sequences of it are refused with `adapter_unloaded`, those
+    there are go on, after deadline_s seconds they are ended with that code, and then its bytes are freed."""
+
+    id: int
+    digest: str
+    deadline_s: float
+
+
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """First frame on a connection: proves that the gateway may speak here."""
 
@@ -102,10 +143,27 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class LoadTimes(msgspec.Struct, frozen=True):
+    """What bringing an adapter to its slot took, in seconds. source: the tier that it lay in: device, host, disk or
+    store; `device` took nothing.
+
+    queue_s: behind other loads; fetch_s: reading and verifying; host_s: making what slots hold of it; device_s: into
+    the slot. bytes: of its tensors on the host.
+    """
+
+    source: str = "device"
+    queue_s: float = 0.0
+    fetch_s: float = 0.0
+    host_s: float = 0.0
+    device_s: float = 0.0
+    bytes: int = 0
+
+
 class Timing(msgspec.Struct, frozen=True):
     """Where a sequence's time went, in seconds. `source`: which tier the adapter came from.
 
-    reused: prompt tokens whose keys and values were there already.
+    reused: prompt tokens whose keys and values were there already. load: of its adapter, if this sequence waited
+    for that.
     """
 
     queue_s: float = 0.0
@@ -114,6 +172,7 @@ class Timing(msgspec.Struct, frozen=True):
     decode_s: float = 0.0
     source: str = "device"
     reused: int = 0
+    load: LoadTimes | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -152,7 +211,21 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     retry_after_s: float | None = None
 
 
+class Moved(msgspec.Struct, frozen=True, tag=True):
+    """Answers Warm, Pin, Unpin and Drop. tier: where the adapter lies now: device, host, or `gone`.
+
+    bytes: of its tensors; after Drop, what was freed on all tiers. load: of a load that was waited for.
+    """
+
+    id: int
+    digest: str
+    tier: str
+    bytes: int = 0
+    load: LoadTimes | None = None
+
+
 Event = Tokens | PromptLogprobs | Finished | Failed
+Told = Event | Moved
 
 
 class SlotState(msgspec.Struct, frozen=True):
@@ -168,6 +241,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
     idle_s: seconds since a token was decoded or an idle probe passed. Counters only grow until the engine restarts;
     prompt_tokens: of all prompts that were begun; reused_tokens: how many of these lay in the cache already.
+    load_histograms: by source, how many loads took at most each of LOAD_BUCKETS_S, and all of them last. evicted: by
+    tier. healed: damaged files of the disk tier that were made anew.
     """
 
     running: int
@@ -191,12 +266,21 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     prompt_tokens: int = 0
     reused_tokens: int = 0
     quarantined: tuple[str, ...] = ()
+    disk_count: int = 0
+    disk_bytes: int = 0
+    disk_bytes_limit: int = 0
+    pinned: tuple[str, ...] = ()
+    warm: tuple[str, ...] = ()
+    dropping: tuple[str, ...] = ()
+    load_histograms: dict[str, tuple[int, ...]] = {}
+    evicted: dict[str, int] = {}
+    healed: int = 0
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):
     """All events of one step for one gateway: one frame, whatever the number of sequences."""
 
-    events: tuple[Event, ...]
+    events: tuple[Told, ...]
 
 
 class EngineFacts(msgspec.Struct, frozen=True, tag=True):
@@ -231,5 +315,6 @@ def answer_room(prompt_tokens: int, max_model_len: int, max_answer_len: int) -> 
     return max_answer_len if prompt_tokens <= max_model_len else 0
 
 
-ToEngine = Hello | Submit | Cancel
+Keep = Warm | Pin | Unpin | Drop
+ToEngine = Hello | Submit | Cancel | Keep
 FromEngine = EngineFacts | Heartbeat | Events

@@ -350,6 +350,15 @@ class Scheduler:
             self._slots.forget(digest)
         return events
 
+    def uses(self, digest: str) -> int:
+        """How many sequences of this adapter wait or run."""
+        return sum(s.adapter == digest for s in [*self._waiting.values(), *self._running.values()])
+
+    def dismiss(self, digest: str, code: str, message: str) -> list[Outgoing]:
+        """End all sequences of this adapter, those that wait and those that run."""
+        hit = [s for s in [*self._waiting.values(), *self._running.values()] if s.adapter == digest]
+        return [(s.key, self._fail(s, code, message)) for s in hit]
+
     def fail_all(self, code: str, message: str) -> list[Outgoing]:
         """End everything: the engine stops."""
         return [(s.key, self._fail(s, code, message)) for s in [*self._waiting.values(), *self._running.values()]]

@@ -1,7 +1,7 @@
 """Which adapter lies in which device slot, and who uses it. Identity is the digest, never a name.
 
 Slot 0 is "no adapter" and belongs to nobody. A lease is a counted use; a leased slot is never given to another
-adapter. Of the unleased, the least recently used goes first, and a free slot goes before any of them.
+adapter, nor is a pinned one. Of the others the least recently used goes first, and a free slot before any of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 
 class NoSlotFree(Exception):
-    """Every slot is leased; the scheduler waits for a release."""
+    """Every slot is leased or pinned; the scheduler waits for a release."""
 
 
 @dataclass(slots=True)
@@ -21,6 +21,11 @@ class _Slot:
     digest: str | None = None
     leases: int = 0
     last_use: int = 0
+    pinned: bool = False
+
+    @property
+    def can_go(self) -> bool:
+        return not self.leases and not self.pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +54,53 @@ class SlotTable:
         """Whether the adapter lies in a slot now."""
         return digest in self._by_digest
 
+    @property
+    def empty(self) -> int:
+        """Slots that hold nothing."""
+        return self.slots - len(self._by_digest)
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """The adapters that are pinned."""
+        return tuple(s.digest for s in self._slots if s.pinned and s.digest is not None)
+
     def acquire(self, digest: str) -> Placement:
-        """Lease the adapter's slot, placing it first if need be.
+        """Lease the adapter's slot, placing it first if need be; see `place`."""
+        placement = self.place(digest)
+        self._by_digest[digest].leases += 1
+        return placement
+
+    def place(self, digest: str) -> Placement:
+        """Give the adapter a slot without leasing it; one that has a slot counts as used just now.
 
         The caller has the adapter's verified tensors at hand: an eviction happens here, so nothing is evicted for a
-        newcomer that does not load. Raises NoSlotFree when every slot is leased.
+        newcomer that does not load. Raises NoSlotFree when every slot is leased or pinned.
         """
         slot = self._by_digest.get(digest)
         if slot is not None:
-            slot.leases += 1
             slot.last_use = next(self._clock)
             return Placement(slot.index, install=False)
         slot = next((s for s in self._slots if s.digest is None), None)
         if slot is None:
-            slot = min((s for s in self._slots if s.leases == 0), key=lambda s: s.last_use, default=None)
+            slot = min((s for s in self._slots if s.can_go), key=lambda s: s.last_use, default=None)
         if slot is None:
             raise NoSlotFree
         evicted = slot.digest
         if evicted is not None:
             del self._by_digest[evicted]
             self.evictions += 1
-        slot.digest, slot.leases, slot.last_use = digest, 1, next(self._clock)
+        slot.digest, slot.leases, slot.last_use = digest, 0, next(self._clock)
         self._by_digest[digest] = slot
         return Placement(slot.index, install=True, evicted=evicted)
+
+    def pin(self, digest: str) -> None:
+        """Never give this adapter's slot away. Raises KeyError for an adapter that has none."""
+        self._by_digest[digest].pinned = True
+
+    def unpin(self, digest: str) -> None:
+        """Let the slot be given away again, if the adapter has one."""
+        if digest in self._by_digest:
+            self._by_digest[digest].pinned = False
 
     def release(self, digest: str) -> None:
         """End one use. Raises KeyError for an adapter that has no lease."""
@@ -86,7 +115,7 @@ class SlotTable:
         if slot.leases:
             raise ValueError(f"{digest} has {slot.leases} leases")
         del self._by_digest[digest]
-        slot.digest = None
+        slot.digest, slot.pinned = None, False
 
     def slot_of(self, digest: str) -> int:
         """The slot where the adapter lies now; asked anew in every step that uses it. Raises KeyError."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +18,43 @@ from adapters.home import Home
 from adapters.publish import CONFIG_FILE, WEIGHTS_FILE
 from adapters.records import AdapterVersion, BaseRecord
 from adapters.registry import Registry
-from adapters.registry_door import adapter_files, open_door
+from adapters.registry_door import LocalDoor, RegistryDoor, open_door
 from adapters.screen import note
+from loadtests.bench_shell import BenchFailed
 
 RANK = 16
+WHO = "bench"
 _VOCABULARY = 8192
 _POSITIONS = 4096
 _SPECIALS = ("<s>", "</s>", "<unk>")
 # Small enough that sixty layers of it leave logits finite, large enough that no kernel may skip it.
 _SPREAD = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What random adapters are like. linears: last parts of the names of the modules they adapt, none: all.
+
+    spread: of their values; wide ones answer otherwise than the base from the first token on.
+    """
+
+    rank: int = RANK
+    linears: tuple[str, ...] = ()
+    spread: float = _SPREAD
+
+    def adapted(self, modules: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """Those of a base's modules that they adapt. Raises BenchFailed when there is none."""
+        found = {m: shape for m, shape in modules.items() if not self.linears or m.rpartition(".")[2] in self.linears}
+        if not found:
+            raise BenchFailed(f"the base has no {', '.join(self.linears)}; name a Llama-like one with --base")
+        return found
+
+    def size_bytes(self, modules: Mapping[str, tuple[int, int]]) -> int:
+        """Bytes of one of them on such a base, in bfloat16."""
+        return sum(2 * self.rank * (outputs + inputs) for outputs, inputs in self.adapted(modules).values())
+
+
+_PLAIN = Kind()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,33 +113,60 @@ def random_base(folder: Path) -> Path:
     return folder
 
 
-def write_adapters(
-    modules: Mapping[str, tuple[int, int]], root: Path, count: int, *, base_name: str, task: str = "CAUSAL_LM"
-) -> tuple[Path, ...]:
-    """Random adapters of rank 16 in bfloat16 as PEFT folders. modules: path -> (out, in), all of them adapted."""
+def write_adapter(
+    modules: Mapping[str, tuple[int, int]],
+    folder: Path,
+    number: int,
+    *,
+    base_name: str,
+    kind: Kind = _PLAIN,
+    task: str = "CAUSAL_LM",
+) -> Path:
+    """A random adapter in bfloat16 as a PEFT folder. modules: path -> (out, in); equal numbers give equal bytes."""
+    adapted = kind.adapted(modules)
     config = {
         "peft_type": "LORA",
         "task_type": task,
         "base_model_name_or_path": base_name,
-        "r": RANK,
-        "lora_alpha": RANK,
-        "target_modules": sorted({path.rpartition(".")[2] for path in modules}),
+        "r": kind.rank,
+        "lora_alpha": kind.rank,
+        "target_modules": sorted({path.rpartition(".")[2] for path in adapted}),
         "bias": "none",
     }
-    folders = []
-    for number in range(1, count + 1):
-        folder = root / f"a{number:02}"
-        folder.mkdir(parents=True)
-        generator = torch.Generator().manual_seed(number)
-        tensors: dict[str, Tensor] = {}
-        for path, (outputs, inputs) in modules.items():
-            for name, shape in (("lora_A", (RANK, inputs)), ("lora_B", (outputs, RANK))):
-                drawn = torch.randn(shape, generator=generator) * _SPREAD
-                tensors[f"base_model.model.{path}.{name}.weight"] = drawn.to(torch.bfloat16)
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-        folders.append(folder)
-    return tuple(folders)
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(number)
+    tensors: dict[str, Tensor] = {}
+    for path, (outputs, inputs) in adapted.items():
+        for name, shape in (("lora_A", (kind.rank, inputs)), ("lora_B", (outputs, kind.rank))):
+            drawn = torch.randn(shape, generator=generator) * kind.spread
+            tensors[f"base_model.model.{path}.{name}.weight"] = drawn.to(torch.bfloat16)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def write_adapters(
+    modules: Mapping[str, tuple[int, int]], root: Path, count: int, *, base_name: str, task: str = "CAUSAL_LM"
+) -> tuple[Path, ...]:
+    """So many random adapters of rank 16 on all of these modules, as PEFT folders."""
+    return tuple(
+        write_adapter(modules, root / f"a{number:02}", number, base_name=base_name, task=task)
+        for number in range(1, count + 1)
+    )
+
+
+def publish_random(
+    door: RegistryDoor, base: BaseRecord, names: Iterable[str], kind: Kind, *, first: int = 1
+) -> tuple[AdapterVersion, ...]:
+    """Publish a random adapter under each name, through whichever door. Their numbers go on from `first`."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix="loraplane-adapters-") as scratch:
+        for number, name in enumerate(names, first):
+            folder = write_adapter(base.modules, Path(scratch) / str(number), number, base_name=base.name, kind=kind)
+            found.append(door.publish(name, folder, base=base.name, note="random, to be measured"))
+            for file in folder.iterdir():
+                file.unlink()  # two thousand of them would fill a small disk twice
+    return tuple(found)
 
 
 def furnish(base: Base, root: Path, adapters: int) -> Furnished:
@@ -120,19 +176,23 @@ def furnish(base: Base, root: Path, adapters: int) -> Furnished:
     try:
         record = pull(str(base.folder), home, registry, note, name=base.name)
         peft = write_adapters(record.modules, root / "peft", adapters, base_name=record.name)
-        note(f"publishing {adapters} random adapters of rank {RANK} on all linears")
+        if adapters:
+            note(f"publishing {adapters} random adapters of rank {RANK} on all linears")
+        door = LocalDoor(registry, home, WHO)
         versions = tuple(
-            registry.publish(
-                folder.name,
-                adapter_files(folder),
-                base=record.name,
-                prompt_format=None,
-                facts={},
-                who="bench",
-                note="random, to be measured",
-            )
-            for folder in peft
+            door.publish(folder.name, folder, base=record.name, note="random, to be measured") for folder in peft
         )
     finally:
         registry.close()
     return Furnished(home, record, open_base(home, record), versions, peft)
+
+
+def add_adapters(home: Furnished, prefix: str, count: int, kind: Kind) -> tuple[AdapterVersion, ...]:
+    """Publish more random adapters, `prefix-0001` and on, in a home that nobody serves now."""
+    note(f"publishing {count} random adapters of rank {kind.rank} on {', '.join(kind.linears) or 'all linears'}")
+    names = (f"{prefix}-{number:04}" for number in range(1, count + 1))
+    registry = Registry.open(home.home)
+    try:
+        return publish_random(LocalDoor(registry, home.home, WHO), home.base, names, kind)
+    finally:
+        registry.close()

@@ -139,6 +139,7 @@ class Reason(StrEnum):
     NOT_FINITE = "not_finite"
     NUMERICS = "numerics"
     PROMPT_FORMAT = "prompt_format"
+    GOLDEN_ROWS = "golden_rows"
     NO_EFFECT = "no_effect"  # every B is zero: the base would answer under the adapter's name
 
 

@@ -25,6 +25,7 @@ from adapters.errors import (
     ServerUnreachable,
     Unavailable,
 )
+from adapters.golden import golden_file
 from adapters.prompts import prompt_format_to_json
 from adapters.publish import CONFIG_FILE, FORMAT_FILE, WEIGHTS_FILE, Manifest, manifest_of
 from adapters.records import AdapterSummary, AdapterVersion, AliasRecord, BaseRecord, Move, PromptFormat
@@ -138,6 +139,8 @@ class HttpDoor:
         self._download(manifest.config, into / CONFIG_FILE)
         self._download(manifest.weights, into / WEIGHTS_FILE)
         (into / FORMAT_FILE).write_bytes(canonical(prompt_format_to_json(manifest.prompt_format)))
+        for file, data in golden_file(manifest.golden).items():
+            (into / file).write_bytes(data)
         return into
 
     def policy(self, name: str) -> GatePolicy | None:

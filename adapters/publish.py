@@ -15,7 +15,16 @@ from pathlib import Path
 from adapters.base_weights import BaseWeights
 from adapters.canonical_config import canonical_config
 from adapters.errors import AdapterRefused, Conflict, InvalidRequest, PayloadTooLarge, Reason
-from adapters.families import TRANSPOSED, adaptable, is_end
+from adapters.families import ENCODER_DECODERS, TRANSPOSED, adaptable, is_end
+from adapters.golden import (
+    GOLDEN_FILE,
+    MAX_GOLDEN_BYTES,
+    GoldenRow,
+    check_golden,
+    golden_from_json,
+    golden_to_json,
+    read_golden,
+)
 from adapters.prompts import prompt_format_from_json, prompt_format_to_json
 from adapters.records import AdapterVersion, BaseRecord, BoundBy, PromptFormat
 from adapters.spec import MAX_CONFIG_BYTES, AdapterSpec, parse_spec
@@ -36,13 +45,15 @@ Files = Mapping[str, Path | bytes]
 class Manifest:
     """What a version consists of; the SHA-256 of its canonical JSON is the version's digest.
 
-    config and weights: digests of the canonical blobs; base: the base's digest.
+    config and weights: digests of the canonical blobs; base: the base's digest; golden: what it answered when it was
+    made. Rows that are not there are not written, so versions without them keep their digests.
     """
 
     config: str
     weights: str
     prompt_format: PromptFormat
     base: str
+    golden: tuple[GoldenRow, ...] = ()
 
     def canonical(self) -> bytes:
         """The bytes that are stored under the version's digest."""
@@ -53,6 +64,7 @@ class Manifest:
                 "weights": self.weights,
                 "prompt_format": prompt_format_to_json(self.prompt_format),
                 "base": self.base,
+                **({"golden": golden_to_json(self.golden)} if self.golden else {}),
             }
         )
 
@@ -70,6 +82,7 @@ def manifest_of(data: bytes) -> Manifest:
         weights=str(raw["weights"]),
         prompt_format=prompt_format_from_json(raw.get("prompt_format")),
         base=str(raw["base"]),
+        golden=golden_from_json(raw.get("golden", [])),
     )
 
 
@@ -139,6 +152,11 @@ def prepare(
             data = _small_file(files, FORMAT_FILE, MAX_FORMAT_BYTES)
             originals[FORMAT_FILE] = stack.enter_context(store.stage(data))
             prompt_format = prompt_format or _format_of(data)
+        golden: tuple[GoldenRow, ...] = ()
+        if GOLDEN_FILE in files:
+            data = _small_file(files, GOLDEN_FILE, MAX_GOLDEN_BYTES)
+            originals[GOLDEN_FILE] = stack.enter_context(store.stage(data))
+            golden = _golden_of(data, base)
         kept_config = canonical(
             canonical_config(spec, weights.ranks, sorted(modules), base.name, transposed=base.family in TRANSPOSED)
         )
@@ -150,7 +168,9 @@ def prepare(
             )
         staged_config = stack.enter_context(store.stage(kept_config))
         staged_weights = stack.enter_context(store.stage(canonical_chunks(weights)))
-        manifest = Manifest(staged_config.digest, staged_weights.digest, prompt_format or PromptFormat(), base.digest)
+        manifest = Manifest(
+            staged_config.digest, staged_weights.digest, prompt_format or PromptFormat(), base.digest, golden
+        )
         staged_manifest = stack.enter_context(store.stage(manifest.canonical()))
         yield Prepared(
             digest=staged_manifest.digest,
@@ -323,6 +343,18 @@ def _format_of(data: bytes) -> PromptFormat:
     except ValueError as error:
         raise AdapterRefused(Reason.PROMPT_FORMAT, f"{FORMAT_FILE} cannot be read: {error}") from None
     return prompt_format_from_json(raw)
+
+
+def _golden_of(data: bytes, base: BaseRecord) -> tuple[GoldenRow, ...]:
+    rows = read_golden(data)
+    if rows and base.family in ENCODER_DECODERS:
+        raise AdapterRefused(
+            Reason.GOLDEN_ROWS,
+            f"golden rows are replayed as one text with its answer, and {base.name} is an encoder-decoder; leave "
+            f"{GOLDEN_FILE} out",
+        )
+    check_golden(rows, vocab_size=base.vocab_size, max_positions=base.max_positions)
+    return rows
 
 
 def _wrong_base(why: str) -> AdapterRefused:

@@ -18,6 +18,7 @@ from adapters import schema
 from adapters.alias_moves import ANY, Expected, Order, current, expect, log, move, rollback_target
 from adapters.errors import Conflict, InvalidRequest, RecordNotFound
 from adapters.evaluations import Evaluations
+from adapters.golden import golden_file
 from adapters.home import Home
 from adapters.prompts import prompt_format_to_json
 from adapters.publish import (
@@ -139,7 +140,7 @@ class Registry:
         """Check an adapter's files and make them the next version of `name`, durably.
 
         files: file name -> path or bytes; adapter_config.json and adapter_model.safetensors are needed,
-        prompt_format.json is read, others are ignored. base: name or digest; without it the config's own words or the
+        prompt_format.json and golden_rows.json are read, others are ignored. base: name or digest; without it the config's own words or the
         shapes decide. prompt_format: in place of the file's. facts: how it was made, plain JSON. The same content under
         the same name is the version that is there. Raises AdapterRefused, InvalidRequest, BaseMissing, Conflict.
         """
@@ -169,6 +170,8 @@ class Registry:
         now = self._now()
         if prepared.notes:
             facts = {**facts, "config_notes": list(prepared.notes)}
+        if prepared.manifest.golden:
+            facts = {**facts, "golden_rows": len(prepared.manifest.golden)}
         with self._database.writes() as connection:
             known = self._shelf.version_by_digest(connection, name, prepared.digest)
             if known is not None:
@@ -246,6 +249,7 @@ class Registry:
                 CONFIG_FILE: self.store.read_verified(manifest.config),
                 WEIGHTS_FILE: self.store.read_verified(manifest.weights),
                 FORMAT_FILE: canonical(prompt_format_to_json(version.prompt_format)),
+                **golden_file(manifest.golden),
             }
         return write_folder(into, contents)
 

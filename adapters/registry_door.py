@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from adapters.errors import AdapterRefused, Reason
+from adapters.golden import GOLDEN_FILE
 from adapters.home import Home
 from adapters.prompts import prompt_format_from_json
 from adapters.publish import CONFIG_FILE, FORMAT_FILE, WEIGHTS_FILE
@@ -222,7 +223,8 @@ def adapter_files(folder: Path) -> dict[str, Path]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise AdapterRefused(Reason.MISSING_FILE, f"{folder} has no {name}; give the folder that PEFT saved")
-    return {n: folder / n for n in (CONFIG_FILE, WEIGHTS_FILE, FORMAT_FILE) if (folder / n).is_file()}
+    known = (CONFIG_FILE, WEIGHTS_FILE, FORMAT_FILE, GOLDEN_FILE)
+    return {name: folder / name for name in known if (folder / name).is_file()}
 
 
 def folder_format(files: Mapping[str, Path]) -> PromptFormat | None:

@@ -30,6 +30,7 @@ class PublishedFiles(Closed):
     config: Digest = Field(alias="adapter_config.json")
     weights: Digest = Field(alias="adapter_model.safetensors")
     prompt_format: Digest | None = Field(None, alias="prompt_format.json")
+    golden_rows: Digest | None = Field(None, alias="golden_rows.json")
 
     @property
     def digests(self) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """The data plane: one private socket per (gateway, engine replica), a frame a step.
 
 A frame is a 4-byte little-endian length and a msgpack message of `serving/engine/request.py`. A unix socket on one
-machine; the first frame proves the gateway by a token. End of file is the sign of death for both sides, at once.
+machine, TCP to a replica on another; the first frame proves the gateway by a token. End of file is the sign of death
+for both sides, at once; a machine that falls silent without one is given up after twenty seconds. TCP here is not
+encrypted: whoever can listen to the network between the machines reads prompts, answers and the token.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import asyncio
 import contextlib
 import hmac
 import itertools
+import socket
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -48,10 +51,14 @@ if TYPE_CHECKING:  # the gateway's end needs no torch, and `loraplane serve --he
     from serving.engine.engine import Engine
 
 _MAX_FRAME = 32 << 20
+# Before a peer has proven itself: nothing but Hello is that small, and nobody makes us hold more.
+_MAX_HELLO = 4096
+_MAX_GATEWAYS = 64
 # A gateway that reads nothing for so long that this piles up is cut off; its sequences are cancelled.
 _MAX_UNSENT = 16 << 20
 _HEARTBEAT_S = 0.5
 _RECONNECT_S = 0.2
+_CONNECT_S = 5.0
 _log = structlog.get_logger()
 _encoder = msgspec.msgpack.Encoder()
 _Message = TypeVar("_Message")
@@ -60,11 +67,13 @@ _ENDINGS = (Finished, Failed, Moved)
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a replica listens, and the token that opens it."""
+    """Where a replica listens, and the token that opens it: a unix path, or host and port where that is empty."""
 
     path: str
     token: str
     replica: str
+    host: str = ""
+    port: int = 0
 
 
 def _pack(message: FromEngine | ToEngine) -> bytes:
@@ -72,22 +81,41 @@ def _pack(message: FromEngine | ToEngine) -> bytes:
     return struct.pack("<I", len(body)) + body
 
 
-async def _unpack(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[_Message]) -> _Message | None:
+async def _unpack(
+    reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[_Message], limit: int = _MAX_FRAME
+) -> _Message | None:
     """The next message, or None when the other side is gone. Raises msgspec.DecodeError on rubbish."""
     try:
         (size,) = struct.unpack("<I", await reader.readexactly(4))
-        if size > _MAX_FRAME:
+        if size > limit:
             raise msgspec.DecodeError(f"a frame of {size} bytes")
         return decoder.decode(await reader.readexactly(size))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
 
 
-class LinkServer:
-    """The engine's end: runs its own event loop in a thread, so that the engine's thread only ever hands over."""
+def _notice_death(writer: asyncio.StreamWriter) -> None:
+    """Have the system ask a silent TCP peer whether it lives: a machine that lost its power sends no end of file."""
+    plug = writer.get_extra_info("socket")
+    if plug.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    plug.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    # The same for what was sent and is not acknowledged; the probes above are for a quiet line alone.
+    plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000)
 
-    def __init__(self, path: Path, token: str) -> None:
-        self._path, self._token = path, token
+
+class LinkServer:
+    """The engine's end: runs its own event loop in a thread, so that the engine's thread only ever hands over.
+
+    host: listen on a free TCP port of this address in place of the unix socket at `path`; `port` tells which.
+    """
+
+    def __init__(self, path: Path, token: str, host: str = "") -> None:
+        self._path, self._token, self._host = path, token, host
+        self.port = 0
         self._engine: Engine | None = None
         self._loop = asyncio.new_event_loop()
         self._writers: dict[int, asyncio.StreamWriter] = {}
@@ -125,14 +153,22 @@ class LinkServer:
         asyncio.set_event_loop(self._loop)
         self._path.unlink(missing_ok=True)
         # Both are kept: a server or a task that nobody refers to is collected, and its socket closed.
-        server = self._loop.run_until_complete(asyncio.start_unix_server(self._serve, str(self._path)))
+        server = self._loop.run_until_complete(self._listen())
         beat = self._loop.create_task(self._beat())
-        self._path.chmod(0o600)
         self._listening.set()
         self._loop.run_forever()
         server.close()
         beat.cancel()
         self._loop.run_until_complete(asyncio.gather(beat, return_exceptions=True))
+
+    async def _listen(self) -> asyncio.Server:
+        if self._host:
+            server = await asyncio.start_server(self._serve, self._host, 0)
+            self.port = server.sockets[0].getsockname()[1]
+            return server
+        server = await asyncio.start_unix_server(self._serve, str(self._path))
+        self._path.chmod(0o600)
+        return server
 
     def _close(self) -> None:
         for writer in self._writers.values():
@@ -159,15 +195,16 @@ class LinkServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         engine = self._engine
-        if engine is None:
+        if engine is None or len(self._live) >= _MAX_GATEWAYS:
             writer.close()
             return
         number = next(self._numbers)
         live = self._live[number] = set()
         decoder = msgspec.msgpack.Decoder(ToEngine)
         try:
-            hello = await asyncio.wait_for(_unpack(reader, decoder), timeout=5)
-            if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token, self._token):
+            _notice_death(writer)
+            hello = await asyncio.wait_for(_unpack(reader, decoder, _MAX_HELLO), timeout=5)
+            if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
                 return
             self._writers[number] = writer
             writer.write(_pack(engine.facts))
@@ -193,6 +230,15 @@ class LinkServer:
 
 _NOT_READY = Failed(0, "not_ready", "No engine is ready; it is starting or restarting.", retry_after_s=2.0)
 Locate = Callable[[], Awaitable[Address]]
+
+
+async def _open(address: Address) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if address.path:
+        return await asyncio.open_unix_connection(address.path)
+    async with asyncio.timeout(_CONNECT_S):
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+    _notice_death(writer)
+    return reader, writer
 
 
 class EngineLink:
@@ -231,7 +277,9 @@ class EngineLink:
         choice: int,
         deadline_s: float,
         tenant: str,
-    ) -> AsyncIterator[Event]:
+        *,
+        shadow: bool = False,
+    ) -> AsyncGenerator[Event, None]:
         """See EngineDoor."""
         writer = self._writer
         if writer is None:
@@ -242,7 +290,10 @@ class EngineLink:
         self._queues[number] = events
         ended = False
         try:
-            writer.write(_pack(Submit(number, tuple(prompt), sampling, adapter, choice, deadline_s, tenant)))
+            ids = tuple(prompt)
+            writer.write(
+                _pack(Submit(number, ids, sampling, adapter, choice, deadline_s, tenant, shadow=shadow))
+            )
             while not ended:
                 event = await events.get()
                 ended = isinstance(event, _ENDINGS)
@@ -286,8 +337,8 @@ class EngineLink:
         while True:
             try:
                 address = await self._locate()
-                reader, writer = await asyncio.open_unix_connection(address.path)
-            except OSError as error:
+                reader, writer = await _open(address)
+            except (OSError, TimeoutError) as error:
                 _log.debug("engine_not_reachable", error=str(error))
                 await asyncio.sleep(_RECONNECT_S)
                 continue

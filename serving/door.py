@@ -32,8 +32,12 @@ class EngineDoor(Protocol):
         choice: int,
         deadline_s: float,
         tenant: str,
+        *,
+        shadow: bool = False,
     ) -> AsyncIterator[Event]:
         """Generate one sequence. The iterator yields Tokens and then exactly one Finished or Failed, and ends.
+
+        shadow: see Submit.
 
         An engine that dies gives Failed(code='engine_lost'); no engine at all gives Failed(code='not_ready').
         Closing the iterator early (aclose, or cancelling the task that reads it) cancels the sequence.

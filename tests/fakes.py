@@ -77,6 +77,7 @@ class Submission:
     choice: int
     deadline_s: float
     tenant: str = ""
+    shadow: bool = False
     sent: int = 0
     ended: str = ""  # finished, failed, closed
 
@@ -181,8 +182,10 @@ class FakeEngine:
         choice: int,
         deadline_s: float,
         tenant: str,
+        *,
+        shadow: bool = False,
     ) -> AsyncIterator[Event]:
-        submission = Submission(tuple(prompt), sampling, adapter, choice, deadline_s, tenant)
+        submission = Submission(tuple(prompt), sampling, adapter, choice, deadline_s, tenant, shadow)
         self.submissions.append(submission)
         number = len(self.submissions)
         try:

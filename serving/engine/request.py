@@ -74,6 +74,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     choice: which of the n answers of a request this is; it is part of the random key.
     deadline_s: seconds from receipt after which the engine fails the sequence with `deadline_exceeded`.
     salt: the tenant; computed prefixes never pass from one to another. reuse False: compute the whole prompt.
+    shadow: nobody waits for it: it runs only on a row and a slot that no other sequence wants, else Failed(code=
+    'shadow_dropped'), which may also come while it runs.
     """
 
     id: int
@@ -84,6 +86,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     deadline_s: float = 600.0
     salt: str = ""
     reuse: bool = True
+    shadow: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

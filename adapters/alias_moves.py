@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final, Literal, TypeAlias
 
 import sqlalchemy as sa
 
 from adapters import schema
-from adapters.errors import Conflict, GenerationMismatch
-from adapters.records import AliasRecord, Move, MoveAction
+from adapters.errors import Conflict, GenerationMismatch, RecordNotFound
+from adapters.records import AliasRecord, Fallback, Move, MoveAction
 from adapters.rows import alias_of, move_of, move_row
 
 # What an alias must point at for a move to happen: this version, no version at all (None), or whatever it likes.
 Expected: TypeAlias = int | Literal["any"] | None
 ANY: Final[Literal["any"]] = "any"
+OF_THE_VERSION: Final = ""  # in place of an alias, in rows of history that are about a version itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,53 @@ def log(connection: sa.Connection, tenant: str, name: str, alias: str | None = N
     return [move_of(row) for row in connection.execute(query).mappings()]
 
 
-def rollback_target(name: str, champions: Sequence[Move], to: int | None) -> int:
+def note(
+    connection: sa.Connection, tenant: str, name: str, number: int, action: MoveAction, who: str, why: str, at: datetime
+) -> None:
+    """Write a row of history that is about a version itself: no alias moves, and no alias counts on."""
+    table = schema.moves
+    past = sa.select(sa.func.max(table.c.generation)).where(
+        table.c.tenant == tenant, table.c.name == name, table.c.alias == OF_THE_VERSION
+    )
+    row = Move(
+        name=name,
+        alias=OF_THE_VERSION,
+        action=action,
+        from_number=None,
+        to_number=number,
+        generation=int(connection.scalar(past) or 0) + 1,
+        who=who,
+        why=why,
+        report=None,
+        at=at,
+        tenant=tenant,
+    )
+    connection.execute(sa.insert(table).values(**move_row(row)))
+
+
+def set_fallback(
+    connection: sa.Connection, tenant: str, now: AliasRecord, fallback: Fallback, who: str, why: str, at: datetime
+) -> AliasRecord:
+    """Say who answers for an alias while its version is set aside, with a row of history."""
+    if now.fallback is fallback:
+        return now
+    table = schema.aliases
+    where = (table.c.tenant == tenant, table.c.name == now.name, table.c.alias == now.alias)
+    connection.execute(sa.update(table).where(*where).values(fallback=fallback.value))
+    told = f"{now.alias} falls back to {fallback.value}"
+    why = f"{told}: {why}" if why.strip() else told
+    note(connection, tenant, now.name, now.number, MoveAction.FALLBACK, who, why, at)
+    return replace(now, fallback=fallback)
+
+
+def rollback_target(
+    name: str, champions: Sequence[Move], to: int | None, withdrawn: Container[int] = frozenset()
+) -> int:
     """The version that a rollback goes back to. champions: the champion's moves, newest first.
 
     Without `to`: the champion before the present one, where versions that were rolled back no longer count, so two
-    rollbacks go two champions back. With `to`: that version, if it ever was champion. Raises Conflict otherwise.
+    rollbacks go two champions back; nor do those in withdrawn, which nobody is served. With `to`: that version, if it
+    ever was champion. Raises Conflict otherwise.
     """
     line: list[int] = []
     for past in reversed(champions):
@@ -107,6 +150,7 @@ def rollback_target(name: str, champions: Sequence[Move], to: int | None) -> int
             # Or a rollback would be a way round the gate.
             raise Conflict(f"{name}@{to} never was champion; promote it instead")
         return to
-    if len(line) < 2:
+    earlier = [number for number in line[:-1] if number not in withdrawn]
+    if not earlier:
         raise Conflict(f"{name} has no earlier champion to go back to; name a version to promote instead")
-    return line[-2]
+    return earlier[-1]

@@ -10,6 +10,9 @@ LoraplaneError
 │   ├── NotFound
 │   │   ├── ModelNotFound
 │   │   ├── NoChampion
+│   │   ├── VersionWithdrawn      the version is there, and nobody gets it
+│   │   │   ├── VersionRetired
+│   │   │   └── VersionRevoked
 │   │   └── RecordNotFound        a blob, report, policy or alias
 │   ├── Conflict
 │   │   ├── GenerationMismatch    the alias moved meanwhile
@@ -25,6 +28,7 @@ LoraplaneError
 │   ├── NotReady                  starting, restarting or draining
 │   ├── EngineLost                the engine died while it worked on this request
 │   ├── AdapterLoadFailed
+│   ├── WarmFailed                a version could not be made ready, so nothing was moved
 │   ├── AdapterUnloaded           the version was taken out of service while this request waited or ran
 │   ├── EngineFault               the engine failed this one request
 │   └── StoreFailed               the disk or the database failed, or what lies there has rotted
@@ -189,6 +193,32 @@ class NoChampion(ModelNotFound):
         self.model, self.nearest = name, tuple(versions)
 
 
+class VersionWithdrawn(NotFound):
+    """The version exists, and is not served: somebody took it back, and said why."""
+
+    param = "model"
+    deed: ClassVar[str] = "withdrawn"
+
+    def __init__(self, model: str, who: str, why: str) -> None:
+        said = f": {why.strip().rstrip('.')}" if why.strip() else ""
+        super().__init__(f"{model} was {self.deed} by {who}{said}. Ask another version; GET /v1/models lists them.")
+        self.model, self.who, self.why = model, who, why
+
+
+class VersionRetired(VersionWithdrawn):
+    """The version is out of service for good or for a while (loraplane restore brings it back)."""
+
+    code = "version_retired"
+    deed = "retired"
+
+
+class VersionRevoked(VersionWithdrawn):
+    """What the version consists of may not be served, whatever it is called."""
+
+    code = "version_revoked"
+    deed = "revoked"
+
+
 class RecordNotFound(NotFound):
     """A blob, report, policy or alias that is not there."""
 
@@ -308,6 +338,19 @@ class AdapterLoadFailed(Unavailable):
     """A published adapter could not be brought into a slot."""
 
     code = "adapter_load_failed"
+
+
+class WarmFailed(Unavailable):
+    """A version could not be made ready on the running server, so no alias was moved to it."""
+
+    code = "warm_failed"
+
+    def __init__(self, model: str, why: str, retry_after_s: float | None = None) -> None:
+        super().__init__(
+            f"{model} could not be warmed, so nothing was moved: {why} To move the alias all the same: --no-warm.",
+            retry_after_s,
+        )
+        self.model = model
 
 
 class AdapterNumerics(Unavailable):

@@ -150,9 +150,16 @@ class AdapterVersion:
         return f"{self.name}@{self.number}"
 
 
+class Fallback(StrEnum):
+    """Who answers for an alias while the engine has set its version aside."""
+
+    REFUSE = "503"  # nobody
+    PREVIOUS = "previous"  # the version that the alias pointed at before; the answer names it
+
+
 @dataclass(frozen=True, slots=True)
 class AliasRecord:
-    """A movable pointer. generation counts its moves and only grows."""
+    """A movable pointer. generation counts its moves, and what else its history tells; it only grows."""
 
     name: str
     alias: str
@@ -160,20 +167,92 @@ class AliasRecord:
     generation: int
     moved_at: datetime
     tenant: str = DEFAULT_TENANT
+    fallback: Fallback = Fallback.REFUSE
 
 
 class MoveAction(StrEnum):
-    """What moved an alias."""
+    """What a row of the history tells of: an alias moved, or what else was decreed."""
 
     PROMOTE = "promote"
     FORCED = "forced"
     ROLLBACK = "rollback"
     SET = "set"
+    FALLBACK = "fallback"
+    RETIRE = "retire"
+    REVOKE = "revoke"
+    REVOKE_NOW = "revoke_now"  # and what was running was ended
+    RESTORE = "restore"
+    PIN = "pin"
+    UNPIN = "unpin"
+
+
+class VersionState(StrEnum):
+    """Whether a version is served."""
+
+    LIVE = "live"
+    RETIRED = "retired"  # this version of this name is not
+    REVOKED = "revoked"  # what it consists of is not, under any name
+
+
+class InFlight(StrEnum):
+    """What becomes of running answers when their version is revoked."""
+
+    FINISH = "finish"
+    END = "end"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What was decreed last on a version, by whom and why; a version without a decree is live and not pinned.
+
+    in_flight says something of a revoked version alone. pinned: every engine keeps it in a slot.
+    """
+
+    name: str
+    number: int
+    digest: str
+    base_digest: str
+    state: VersionState
+    in_flight: InFlight
+    pinned: bool
+    who: str
+    why: str
+    at: datetime
+    tenant: str = DEFAULT_TENANT
+
+    @property
+    def id(self) -> str:
+        """`name@3`."""
+        return f"{self.name}@{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Where a version's tensors lie in a running engine, as its last answer said.
+
+    tier: device, host or gone. size_bytes: of the tensors; when they are gone, what that freed on all tiers.
+    """
+
+    model: str
+    digest: str
+    tier: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawal:
+    """A version taken out of service: what was decreed, and what it freed. None: no engine was there to ask."""
+
+    standing: Standing
+    residency: Residency | None
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One row of an adapter's history: who moved which alias from where to where, when, why, on which report."""
+    """One row of an adapter's history: who moved which alias from where to where, when, why, on which report.
+
+    A row with the empty alias is about the version `to_number` itself.
+    """
 
     name: str
     alias: str
@@ -195,8 +274,14 @@ class AdapterSummary:
     name: str
     versions: tuple[AdapterVersion, ...]
     aliases: tuple[AliasRecord, ...]
+    standings: tuple[Standing, ...] = ()
 
     @property
     def champion(self) -> int | None:
         """The promoted version's number, or None."""
         return next((a.number for a in self.aliases if a.alias == CHAMPION), None)
+
+    @property
+    def withdrawn(self) -> Mapping[int, VersionState]:
+        """The versions that are not served, and why not."""
+        return {s.number: s.state for s in self.standings if s.state is not VersionState.LIVE}

@@ -15,7 +15,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from adapters import schema
-from adapters.alias_moves import ANY, Expected, Order, current, expect, log, move, rollback_target
+from adapters.alias_moves import ANY, Expected, Order, current, expect, log, move, rollback_target, set_fallback
 from adapters.errors import Conflict, InvalidRequest, RecordNotFound
 from adapters.evaluations import Evaluations
 from adapters.golden import golden_file
@@ -40,6 +40,7 @@ from adapters.records import (
     AdapterVersion,
     AliasRecord,
     BaseRecord,
+    Fallback,
     ModelId,
     Move,
     MoveAction,
@@ -52,6 +53,7 @@ from adapters.reports import GatePolicy, Report
 from adapters.rows import base_row, checked_facts, line, text, version_row
 from adapters.schema import Database
 from adapters.shelf import Shelf, chosen_base
+from adapters.standings import Standings
 from adapters.store import BlobStore
 from adapters.strict_json import canonical
 
@@ -78,6 +80,7 @@ class Registry:
         self._shelf = Shelf(tenant)
         self._evaluations = Evaluations(database, store, tenant, now)
         self._meant_by_base = BASE_ID
+        self.standings = Standings(database, self._shelf, tenant, now)
 
     @classmethod
     def open(cls, home: Home, tenant: str = DEFAULT_TENANT) -> Registry:
@@ -229,11 +232,34 @@ class Registry:
     def resolve(self, model: str | ModelId) -> AdapterVersion:
         """The version that a model id means now; a bare name means its champion. Bases are asked for with `base`.
 
-        Raises ModelNotFound with the nearest names, NoChampion with the versions there are, InvalidRequest.
+        Raises ModelNotFound with the nearest names, NoChampion with the versions there are, InvalidRequest;
+        VersionRetired and VersionRevoked with who did it and why.
         """
         wanted = parse_model_id(model) if isinstance(model, str) else model
         with self._database.reads() as connection:
-            return self._shelf.resolve(connection, wanted)
+            version = self._shelf.resolve(connection, wanted)
+            self.standings.refuse_withdrawn(connection, version)
+            return version
+
+    def instead_of(self, model: str) -> AdapterVersion | None:
+        """Who answers for an alias whose version is set aside: the one before it, if the alias was told so.
+
+        None when it was not, when the id names a version, and when no earlier version of the alias is in service.
+        """
+        wanted = parse_model_id(model)
+        if wanted.number is not None:
+            return None
+        alias = wanted.alias or CHAMPION
+        with self._database.reads() as connection:
+            now = current(connection, self.tenant, wanted.name, alias)
+            if now is None or now.fallback is not Fallback.PREVIOUS:
+                return None
+            withdrawn = self.standings.withdrawn(connection, wanted.name)
+            try:
+                number = rollback_target(wanted.name, log(connection, self.tenant, wanted.name, alias), None, withdrawn)
+            except Conflict:
+                return None
+            return self._shelf.version(connection, wanted.name, number)
 
     def export(self, name: str, number: int, into: Path, *, original: bool = False) -> Path:
         """Write a version's files into a folder, made if absent: canonical, or with `original` the bytes as published.
@@ -266,10 +292,25 @@ class Registry:
             raise Conflict(f"{CHAMPION} moves by promote and rollback only; promote {name}@{number}")
         order = Order(name, alias, MoveAction.SET, number, line(who, "who"), text(reason, "reason"))
         with self._database.writes() as connection:
-            self._shelf.version(connection, name, number)
-            expect(name, alias, current(connection, self.tenant, name, alias), expected_version)
+            self.standings.refuse_withdrawn(connection, self._shelf.version(connection, name, number))
+            now = current(connection, self.tenant, name, alias)
+            expect(name, alias, now, expected_version)
             moved = move(connection, self.tenant, order, self._now())
-            return AliasRecord(name, alias, moved.to_number, moved.generation, moved.at, self.tenant)
+            fallback = Fallback.REFUSE if now is None else now.fallback
+            return AliasRecord(name, alias, moved.to_number, moved.generation, moved.at, self.tenant, fallback)
+
+    def set_fallback(self, name: str, alias: str, fallback: Fallback, *, who: str, reason: str = "") -> AliasRecord:
+        """Say who answers for an alias while the engine has its version set aside.
+
+        Raises RecordNotFound when the alias points nowhere yet, ModelNotFound.
+        """
+        who, reason = line(who, "who"), text(reason, "reason")
+        with self._database.writes() as connection:
+            self._shelf.require_adapter(connection, name)
+            now = current(connection, self.tenant, name, check_alias(alias))
+            if now is None:
+                raise RecordNotFound(f"{name} has no alias {alias!r} yet; point it at a version first")
+            return set_fallback(connection, self.tenant, now, fallback, who, reason, self._now())
 
     def promote(
         self,
@@ -284,23 +325,42 @@ class Registry:
         """Make a version the champion if the gate allows it. Promoting the champion again changes nothing.
 
         The gate judges in the transaction that moves the alias, so the champion cannot change in between. force
-        overrules it, needs a reason, and is recorded. Raises GateRefused, GenerationMismatch, ModelNotFound.
+        overrules it, needs a reason, and is recorded. Raises GateRefused, GenerationMismatch, ModelNotFound,
+        VersionRetired, VersionRevoked.
         """
         who, reason = line(who, "who"), text(reason, "reason")
         if force and not reason.strip():
             raise InvalidRequest("overruling the gate needs a reason, which is recorded", "reason")
         with self._database.writes() as connection:
-            version = self._shelf.version(connection, name, number)
-            now = current(connection, self.tenant, name, CHAMPION)
-            expect(name, CHAMPION, now, expected_version)
-            report = None
-            if not force and (now is None or now.number != number):
-                champion = None if now is None else self._shelf.version(connection, name, now.number)
-                report = self._evaluations.admit(connection, version, champion)
+            _, _, report = self._judge(connection, name, number, force, expected_version)
             action = MoveAction.FORCED if force else MoveAction.PROMOTE
             return move(
                 connection, self.tenant, Order(name, CHAMPION, action, number, who, reason, report), self._now()
             )
+
+    def may_promote(
+        self, name: str, number: int, *, force: bool = False, expected_version: Expected = ANY
+    ) -> tuple[AdapterVersion, AdapterVersion | None]:
+        """The version that `promote` would make champion now, and the champion that there is; nothing is moved.
+
+        Raises as `promote` does.
+        """
+        with self._database.reads() as connection:
+            version, champion, _ = self._judge(connection, name, number, force, expected_version)
+            return version, champion
+
+    def _judge(
+        self, connection: sa.Connection, name: str, number: int, force: bool, expected_version: Expected
+    ) -> tuple[AdapterVersion, AdapterVersion | None, str | None]:
+        """The version, the champion before it, and the report that lets it in, if one was needed."""
+        version = self._shelf.version(connection, name, number)
+        self.standings.refuse_withdrawn(connection, version)
+        now = current(connection, self.tenant, name, CHAMPION)
+        expect(name, CHAMPION, now, expected_version)
+        champion = None if now is None else self._shelf.version(connection, name, now.number)
+        if force or (now is not None and now.number == number):
+            return version, champion, None
+        return version, champion, self._evaluations.admit(connection, version, champion)
 
     def rollback(
         self, name: str, *, who: str, reason: str = "", to: int | None = None, expected_version: Expected = ANY
@@ -313,7 +373,9 @@ class Registry:
         with self._database.writes() as connection:
             self._shelf.require_adapter(connection, name)
             expect(name, CHAMPION, current(connection, self.tenant, name, CHAMPION), expected_version)
-            target = rollback_target(name, log(connection, self.tenant, name, CHAMPION), to)
+            withdrawn = self.standings.withdrawn(connection, name)
+            target = rollback_target(name, log(connection, self.tenant, name, CHAMPION), to, withdrawn)
+            self.standings.refuse_withdrawn(connection, self._shelf.version(connection, name, target))
             order = Order(name, CHAMPION, MoveAction.ROLLBACK, target, who, reason)
             return move(connection, self.tenant, order, self._now())
 

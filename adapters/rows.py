@@ -10,7 +10,18 @@ import sqlalchemy as sa
 
 from adapters.errors import InvalidRequest
 from adapters.prompts import prompt_format_from_json, prompt_format_to_json
-from adapters.records import AdapterVersion, AliasRecord, BaseRecord, BoundBy, Move, MoveAction
+from adapters.records import (
+    AdapterVersion,
+    AliasRecord,
+    BaseRecord,
+    BoundBy,
+    Fallback,
+    InFlight,
+    Move,
+    MoveAction,
+    Standing,
+    VersionState,
+)
 from adapters.strict_json import canonical
 
 MAX_FACTS_BYTES = 64 << 10
@@ -112,6 +123,24 @@ def alias_of(row: Row) -> AliasRecord:
         number=row["number"],
         generation=row["generation"],
         moved_at=row["moved_at"],
+        tenant=row["tenant"],
+        fallback=Fallback(row["fallback"]),
+    )
+
+
+def standing_of(row: Row) -> Standing:
+    """The standing of a row of `standings` joined with its version."""
+    return Standing(
+        name=row["name"],
+        number=row["number"],
+        digest=row["digest"],
+        base_digest=row["base_digest"],
+        state=VersionState(row["state"]),
+        in_flight=InFlight(row["in_flight"]),
+        pinned=row["pinned"],
+        who=row["who"],
+        why=row["why"],
+        at=row["at"],
         tenant=row["tenant"],
     )
 

@@ -22,7 +22,7 @@ from adapters.errors import ConfigInvalid, ExtraMissing, StoreFailed
 from adapters.home import usable
 from adapters.strict_json import canonical
 
-HEAD = "0001"  # the newest migration; a test compares it with the scripts
+HEAD = "0002"  # the newest migration; a test compares it with the scripts
 BUSY_TIMEOUT_S = 15
 _WRITER_LOCK = 0x10AA_97A0  # any constant of ours: the advisory lock that makes Postgres writers take turns
 
@@ -129,8 +129,28 @@ aliases = sa.Table(
     sa.Column("number", sa.Integer, nullable=False),
     sa.Column("generation", sa.Integer, nullable=False),
     sa.Column("moved_at", UtcTime, nullable=False),
+    sa.Column("fallback", sa.String(16), nullable=False, server_default="503"),
     sa.ForeignKeyConstraint(
         ["tenant", "name", "number"], ["versions.tenant", "versions.name", "versions.number"], name="fk_aliases_version"
+    ),
+)
+
+standings = sa.Table(
+    "standings",
+    metadata,
+    sa.Column("tenant", TENANT, primary_key=True),
+    sa.Column("name", NAME, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("in_flight", sa.String(16), nullable=False),
+    sa.Column("pinned", sa.Boolean, nullable=False),
+    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("why", sa.Text, nullable=False),
+    sa.Column("at", UtcTime, nullable=False),
+    sa.ForeignKeyConstraint(
+        ["tenant", "name", "number"],
+        ["versions.tenant", "versions.name", "versions.number"],
+        name="fk_standings_version",
     ),
 )
 

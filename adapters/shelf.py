@@ -10,8 +10,17 @@ import sqlalchemy as sa
 from adapters import schema
 from adapters.errors import BaseMissing, ModelNotFound, NoChampion
 from adapters.families import FAMILIES
-from adapters.records import BASE_ID, CHAMPION, AdapterSummary, AdapterVersion, AliasRecord, BaseRecord, ModelId
-from adapters.rows import alias_of, base_of, version_of
+from adapters.records import (
+    BASE_ID,
+    CHAMPION,
+    AdapterSummary,
+    AdapterVersion,
+    AliasRecord,
+    BaseRecord,
+    ModelId,
+    Standing,
+)
+from adapters.rows import alias_of, base_of, standing_of, version_of
 
 _NEAREST = 3
 _LISTED = 10
@@ -99,7 +108,25 @@ class Shelf:
             versions.setdefault(row["name"], []).append(version_of(row))
         for row in self._rows(connection, schema.aliases, name, schema.aliases.c.alias):
             aliases.setdefault(row["name"], []).append(alias_of(row))
-        return [AdapterSummary(n, tuple(versions[n]), tuple(aliases.get(n, ()))) for n in sorted(versions)]
+        standings: dict[str, list[Standing]] = {}
+        for standing in self.standings(connection, *([] if name is None else [schema.versions.c.name == name])):
+            standings.setdefault(standing.name, []).append(standing)
+        return [
+            AdapterSummary(n, tuple(versions[n]), tuple(aliases.get(n, ())), tuple(standings.get(n, ())))
+            for n in sorted(versions)
+        ]
+
+    def standings(self, connection: sa.Connection, *where: sa.ColumnElement[bool]) -> list[Standing]:
+        """What was decreed on versions, by name and number; `where` narrows the versions."""
+        table, versions = schema.standings, schema.versions
+        same = [table.c[key] == versions.c[key] for key in ("tenant", "name", "number")]
+        query = (
+            sa.select(table, versions.c.digest, versions.c.base_digest)
+            .join(versions, sa.and_(*same))
+            .where(table.c.tenant == self._tenant, *where)
+            .order_by(table.c.name, table.c.number)
+        )
+        return [standing_of(row) for row in connection.execute(query).mappings()]
 
     def _rows(
         self, connection: sa.Connection, table: sa.Table, name: str | None, order: sa.ColumnElement[object]

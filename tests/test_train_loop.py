@@ -121,7 +121,7 @@ def test_a_constant_rate_warms_up_as_the_run_says(case: TrainCase) -> None:
 def test_the_peft_folder_names_the_base_and_holds_nothing_of_this_machine(case: TrainCase) -> None:
     adapter = run_job(case).folder / "adapter"
     assert sorted(p.name for p in adapter.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "prompt_format.json",
+        "adapter_config.json", "adapter_model.safetensors", "golden_rows.json", "prompt_format.json",
     ]  # fmt: skip
     config = (adapter / "adapter_config.json").read_text()
     assert json.loads(config)["base_model_name_or_path"] == "tiny"

@@ -55,6 +55,7 @@ class Prepared:
     digest: str
     folder: Path
     pad_id: int
+    end_id: int
     shown: tuple[str, ...]
     cautions: tuple[str, ...]
 
@@ -146,6 +147,7 @@ def prepare(run: TrainRun, home: Home, door: RegistryDoor) -> Prepared:
         digest=digest,
         folder=home.runs / f"{run.name}-{digest[:12]}",
         pad_id=renderer.pad_token_id,
+        end_id=-1 if renderer.eos_token_id is None else renderer.eos_token_id,
         shown=tuple(data.marked(e, renderer) for e in examples.examples[:_SHOWN]),
         cautions=cautions(run, held_out, len(batches.batches)),
     )
@@ -222,7 +224,7 @@ def _fit(
     job: Prepared, place: RunPlace, reporter: Reporter, *, resume: bool, force: bool, resume_command: str
 ) -> dict[str, object]:
     """Train to the end, from the start or from the last state; returns the facts of the training."""
-    from train import checkpoints, loop, models
+    from train import checkpoints, golden, loop, models
 
     run = job.run
     state = checkpoints.newest_state(place.states, job.digest, reporter.say) if resume else None
@@ -251,6 +253,13 @@ def _fit(
     )  # fmt: skip
     if done.stopped:
         raise Cancelled(f"stopped after step {done.steps} of {len(job.plan.batches)}; go on with: {resume_command}")
+    rows = golden.golden_rows(model, job.examples.examples, ends=frozenset({job.end_id}), bf16=bf16)
+    golden.write_golden(rows, place.adapter)
+    if not rows.telling:
+        reporter.say(
+            f"the golden rows do not tell this adapter from its base (it is {rows.gap:.2f} nats off at most): what "
+            f"serving replays shows little then; train longer if answers should differ"
+        )
     return {
         "steps": done.steps,
         "first_loss": round(done.first_loss, 6),
@@ -260,6 +269,7 @@ def _fit(
         "compute_dtype": "bfloat16" if bf16 else "float32",
         "threads": threads,
         "trainable": trainable,
+        "golden_gap": round(rows.gap, 3),
     }
 
 

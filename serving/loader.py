@@ -173,6 +173,10 @@ class HostTier:
             self._pool.submit(self._load, digest)
         return LoadState(Load.LOADING, source="store")
 
+    def source_of(self, digest: str) -> str:
+        """The tier that the adapter lies in now, as far as is known: host, disk or store. Starts nothing."""
+        return "host" if digest in self._held else "store"
+
     def take(self, digest: str) -> HostAdapter:
         """The tensors of an adapter that `want` called READY. Raises KeyError otherwise."""
         self._fresh.discard(digest)

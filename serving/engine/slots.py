@@ -54,6 +54,10 @@ class SlotTable:
         """Whether the adapter lies in a slot now."""
         return digest in self._by_digest
 
+    def can_have(self, digest: str) -> bool:
+        """Whether `acquire` would succeed now."""
+        return digest in self._by_digest or any(s.digest is None or s.can_go for s in self._slots)
+
     @property
     def empty(self) -> int:
         """Slots that hold nothing."""

@@ -133,9 +133,14 @@ class Head:
     deadline_s: float
 
 
+def _nothing() -> None:
+    """Nobody waits for the end."""
+
+
 @dataclass(slots=True)
 class Answer:
-    """A request's answer as it comes. Read `pieces()` or `collect()` once; `close()` frees the engine's rows.
+    """A request's answer as it comes. Read `pieces()` or `collect()` once; `close()` frees the engine's rows, and
+    `end()` does so while it is being read.
 
     monotonic: seconds on a steady clock; on_close is called once, when the request is over however it ended.
     """
@@ -144,7 +149,7 @@ class Answer:
     sequences: Sequence[Track]
     observer: Observer
     monotonic: Callable[[], float]
-    on_close: Callable[[], None]
+    on_close: Callable[[], None] = _nothing
     started: float = 0.0
     first_token_s: float | None = None
     timing: Timing | None = None
@@ -221,6 +226,12 @@ class Answer:
             Choice(s.index, "".join(texts[s.index]), tuple(tokens[s.index]), s.finish or FinishReason.STOP)
             for s in self.sequences
         ]
+
+    def end(self, error: LoraplaneError) -> None:
+        """Stop computing now; whoever reads gets this error after what came before it."""
+        for sequence in self.sequences:
+            _stop(sequence)
+        self._notes.put_nowait((-1, error))
 
     def close(self) -> None:
         """Stop whatever still runs. Safe to call again."""

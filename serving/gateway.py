@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol, TypeAlias
 
-from adapters.errors import ContextLengthExceeded, InvalidRequest, NotReady, UnsupportedParameter
+from adapters.errors import (
+    AdapterQuarantined,
+    AdapterUnloaded,
+    ContextLengthExceeded,
+    InvalidRequest,
+    LoraplaneError,
+    NotReady,
+    UnsupportedParameter,
+)
 from adapters.prompts import PromptRenderer
 from adapters.records import PromptFormat
 from serving.answers import Answer, Head, NoObserver, Observer, Track
@@ -28,6 +37,10 @@ class BaseTokenizer(PromptRenderer, Protocol):
     def special_tokens(self) -> Mapping[str, str]: ...
     @property
     def eos_token_id(self) -> int | None: ...
+
+
+# From the resolved target and the moment at which the request came to an answer that has not begun.
+Make: TypeAlias = Callable[[Target, float], Awaitable[Answer]]
 
 
 class Gateway:
@@ -55,16 +68,16 @@ class Gateway:
         self.admission = Admission(limits.max_inflight)
         self._observer: Observer = observer or NoObserver()
         self._now, self._monotonic, self._new_seed = now, monotonic, new_seed
+        self._running: dict[int, Answer] = {}
+        self._numbers = itertools.count()
 
     async def chat(self, command: ChatCommand) -> Answer:
         """Begin to answer a conversation; returns when the first token is there.
 
         Raises ModelNotFound, ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable or DeadlineExceeded.
         """
-        started = self._monotonic()
-        self.admission.enter()
-        try:
-            target = await self.resolver.resolve(command.wishes.model)
+
+        async def make(target: Target, started: float) -> Answer:
             if command.continue_final and self.facts().max_answer_len:
                 raise UnsupportedParameter(
                     "This base is an encoder-decoder: its answer is a text of its own and cannot go on from a message; "
@@ -73,28 +86,67 @@ class Gateway:
                 )
             prompt = await self.render(command, target.prompt_format)
             limit = self.limits.default_chat_tokens
-            answer = self._answer("chatcmpl", command.wishes, target, [prompt], "messages", limit, started)
-        except BaseException:
-            self.admission.leave()
-            raise
-        await answer.begin()
-        return answer
+            return self._answer("chatcmpl", command.wishes, target, [prompt], "messages", limit, started)
+
+        return await self._begun(command.wishes, make)
 
     async def completion(self, command: CompletionCommand) -> Answer:
         """Begin to continue raw prompts; choice k of prompt p has index p * n + k. Raises as `chat` does."""
-        started = self._monotonic()
-        self.admission.enter()
-        try:
-            self._check_count(command)
-            target = await self.resolver.resolve(command.wishes.model)
+
+        async def make(target: Target, started: float) -> Answer:
             self._check_echo(command)
             prompts = [await self.encode(p) if isinstance(p, str) else list(p) for p in command.prompts]
             limit = self.limits.default_completion_tokens
-            answer = self._answer("cmpl", command.wishes, target, prompts, "prompt", limit, started, command)
-        except BaseException:
-            self.admission.leave()
-            raise
+            return self._answer("cmpl", command.wishes, target, prompts, "prompt", limit, started, command)
+
+        self._check_count(command)
+        return await self._begun(command.wishes, make)
+
+    def end(self, digests: Mapping[str, LoraplaneError]) -> int:
+        """End every running answer of these adapters, by digest, with this error; how many there were."""
+        hit = [(a, e) for a in self._running.values() if (e := digests.get(a.head.weights.digest or "")) is not None]
+        for answer, error in hit:
+            answer.end(error)
+        return len(hit)
+
+    async def _begun(self, wishes: Wishes, make: Make) -> Answer:
+        """An answer whose first token is there.
+
+        Where the engine has set the version aside, the alias's own policy says who answers in its place. A version that
+        left while the request waited for its first token is asked for anew: the id may mean another by now, or is
+        refused by name.
+        """
+        started = self._monotonic()
+        answer = await self._admitted(wishes, make, started)
+        try:
+            await answer.begin()
+            return answer
+        except AdapterQuarantined:
+            instead = await self.resolver.instead_of(wishes.model, answer.head.weights)
+            if instead is None:
+                raise
+        except AdapterUnloaded:
+            instead = None
+        answer = await self._admitted(wishes, make, started, instead)
         await answer.begin()
+        return answer
+
+    async def _admitted(self, wishes: Wishes, make: Make, started: float, target: Target | None = None) -> Answer:
+        """An answer that counts as in flight until it is closed; without a target the id is resolved, once."""
+        self.admission.enter()
+        number = next(self._numbers)
+
+        def leave() -> None:
+            self._running.pop(number, None)
+            self.admission.leave()
+
+        try:
+            answer = await make(target or await self.resolver.resolve(wishes.model), started)
+        except BaseException:
+            leave()
+            raise
+        answer.on_close = leave
+        self._running[number] = answer
         return answer
 
     async def render(self, command: ChatCommand, fmt: PromptFormat) -> list[int]:
@@ -158,7 +210,7 @@ class Gateway:
             for at, prompt in enumerate(prompts)
             for choice in range(wishes.n)
         ]
-        return Answer(head, sequences, self._observer, self._monotonic, self.admission.leave, started)
+        return Answer(head, sequences, self._observer, self._monotonic, started=started)
 
     def _text(
         self,

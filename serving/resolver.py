@@ -20,13 +20,17 @@ _MAX_NAME = 63
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What answers a request: a base, and the version on top of it if there is one (contract C2)."""
+    """What answers a request: a base, and the version on top of it if there is one (contract C2).
+
+    instead_of: the version that was asked for, when it is set aside and this one answers by the alias's policy.
+    """
 
     model: str
     base_digest: str
     adapter: str | None = None
     version: int | None = None
     digest: str | None = None
+    instead_of: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -43,9 +47,10 @@ class Target:
 
 
 class Versions(Protocol):
-    """The one question that serving a request asks of a registry."""
+    """What serving a request asks of a registry."""
 
     def resolve(self, model_id: str) -> AdapterVersion: ...
+    def instead_of(self, model: str) -> AdapterVersion | None: ...
 
 
 class Resolver:
@@ -70,8 +75,23 @@ class Resolver:
         if self.is_base(model):
             return self._base_target
         version = await asyncio.to_thread(self.version, model)
+        return self._target(version)
+
+    async def instead_of(self, model: str, aside: Weights) -> Target | None:
+        """Who answers for this id while the engine has the version it means set aside, by the alias's own policy.
+
+        None: nobody. The target says in whose place it answers.
+        """
+        if self.is_base(model):
+            return None
+        version = await asyncio.to_thread(self._versions.instead_of, model)
+        if version is None or version.digest == aside.digest or version.base_digest != self.base.digest:
+            return None
+        return self._target(version, aside.model)
+
+    def _target(self, version: AdapterVersion, instead_of: str | None = None) -> Target:
         self._remember(version)
-        weights = Weights(version.id, version.base_digest, version.name, version.number, version.digest)
+        weights = Weights(version.id, version.base_digest, version.name, version.number, version.digest, instead_of)
         return Target(weights, version.prompt_format)
 
     def version(self, model: str) -> AdapterVersion:

@@ -114,6 +114,7 @@ class FakeEngine:
     warmed: dict[str, float] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
     dropped: list[tuple[str, float]] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -146,7 +147,8 @@ class FakeEngine:
     def heartbeat(self) -> Heartbeat | None:
         if not self.connected:
             return None
-        seen = {s.adapter for s in self.submissions if s.adapter is not None}
+        seen = {s.adapter for s in self.submissions if s.adapter is not None} | set(self.warmed) | self.pinned
+        seen -= self.gone
         return Heartbeat(
             running=self.running,
             waiting=0,
@@ -187,6 +189,7 @@ class FakeEngine:
     ) -> AsyncIterator[Event]:
         submission = Submission(tuple(prompt), sampling, adapter, choice, deadline_s, tenant, shadow)
         self.submissions.append(submission)
+        self.gone.discard(adapter or "")
         number = len(self.submissions)
         try:
             async for event in self._events(number, submission):
@@ -198,18 +201,21 @@ class FakeEngine:
         if (refusal := self._refusal(digest)) is not None:
             return refusal
         self.warmed[digest] = ttl_s
+        self.gone.discard(digest)
         return Moved(0, digest, "device", 100)
 
     async def pin(self, digest: str, on: bool) -> Moved | Failed:
         if (refusal := self._refusal(digest)) is not None:
             return refusal
         (self.pinned.add if on else self.pinned.discard)(digest)
+        self.gone.discard(digest)
         return Moved(0, digest, "device", 100)
 
     async def drop(self, digest: str, deadline_s: float) -> Moved | Failed:
         if (refusal := self._refusal(digest)) is not None:
             return refusal
         self.dropped.append((digest, deadline_s))
+        self.gone.add(digest)
         self.pinned.discard(digest)
         self.warmed.pop(digest, None)
         return Moved(0, digest, "gone", 100)

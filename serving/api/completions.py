@@ -213,4 +213,6 @@ def weights_headers(weights: Weights) -> dict[str, str]:
     found = {"x-adapter": weights.adapter or "base", "x-base-digest": weights.base_digest}
     if weights.digest is not None:
         found |= {"x-adapter-version": str(weights.version), "x-adapter-digest": weights.digest}
+    if weights.instead_of is not None:
+        found["x-adapter-instead-of"] = weights.instead_of
     return found

@@ -19,6 +19,7 @@ def weights_fields(weights: Weights) -> Json:
         "adapter_version": weights.version,
         "adapter_digest": weights.digest,
         "base_digest": weights.base_digest,
+        **({} if weights.instead_of is None else {"adapter_instead_of": weights.instead_of}),
     }
 
 

@@ -81,6 +81,34 @@ def move(connection: sa.Connection, tenant: str, order: Order, at: datetime) -> 
     return made
 
 
+def mark(connection: sa.Connection, tenant: str, order: Order, at: datetime) -> Move:
+    """Write a row of history, and count the alias one generation on, without moving it: a trial begins or ends.
+
+    Raises RecordNotFound when the alias points nowhere.
+    """
+    now = current(connection, tenant, order.name, order.alias)
+    if now is None:
+        raise RecordNotFound(f"{order.name} has no alias {order.alias!r}; point it at a version first")
+    made = Move(
+        name=order.name,
+        alias=order.alias,
+        action=order.action,
+        from_number=now.number,
+        to_number=now.number,
+        generation=now.generation + 1,
+        who=order.who,
+        why=order.why,
+        report=None,
+        at=at,
+        tenant=tenant,
+    )
+    table = schema.aliases
+    where = (table.c.tenant == tenant, table.c.name == order.name, table.c.alias == order.alias)
+    connection.execute(sa.update(table).where(*where).values(generation=made.generation, moved_at=at))
+    connection.execute(sa.insert(schema.moves).values(**move_row(made)))
+    return made
+
+
 def log(connection: sa.Connection, tenant: str, name: str, alias: str | None = None) -> list[Move]:
     """The moves of an adapter's aliases, or of one of them, newest first."""
     table = schema.moves

@@ -16,6 +16,8 @@ import sqlalchemy as sa
 
 from adapters import schema
 from adapters.alias_moves import ANY, Expected, Order, current, expect, log, move, rollback_target, set_fallback
+from adapters.canaries import Route
+from adapters.canary_shelf import Canaries
 from adapters.errors import Conflict, InvalidRequest, RecordNotFound
 from adapters.evaluations import Evaluations
 from adapters.golden import golden_file
@@ -81,6 +83,7 @@ class Registry:
         self._evaluations = Evaluations(database, store, tenant, now)
         self._meant_by_base = BASE_ID
         self.standings = Standings(database, self._shelf, tenant, now)
+        self.canaries = Canaries(database, self.standings, tenant, now)
 
     @classmethod
     def open(cls, home: Home, tenant: str = DEFAULT_TENANT) -> Registry:
@@ -260,6 +263,12 @@ class Registry:
             except Conflict:
                 return None
             return self._shelf.version(connection, wanted.name, number)
+
+    def route(self, model: str | ModelId) -> Route:
+        """`resolve`, and in the same view of the registry what is tried beside the alias that the id names."""
+        wanted = parse_model_id(model) if isinstance(model, str) else model
+        with self._database.reads() as connection:
+            return self.canaries.route(connection, wanted)
 
     def export(self, name: str, number: int, into: Path, *, original: bool = False) -> Path:
         """Write a version's files into a folder, made if absent: canonical, or with `original` the bytes as published.

@@ -22,7 +22,7 @@ from adapters.errors import ConfigInvalid, ExtraMissing, StoreFailed
 from adapters.home import usable
 from adapters.strict_json import canonical
 
-HEAD = "0002"  # the newest migration; a test compares it with the scripts
+HEAD = "0003"  # the newest migration; a test compares it with the scripts
 BUSY_TIMEOUT_S = 15
 _WRITER_LOCK = 0x10AA_97A0  # any constant of ours: the advisory lock that makes Postgres writers take turns
 
@@ -209,6 +209,41 @@ policies = sa.Table(
     sa.Column("at", UtcTime, nullable=False),
     sa.ForeignKeyConstraint(["tenant", "name"], ["adapters.tenant", "adapters.name"], name="fk_policies_adapter"),
     sa.Index("ix_policies_adapter", "tenant", "name"),
+)
+
+# What is tried beside an alias while it has this generation.
+splits = sa.Table(
+    "splits",
+    metadata,
+    sa.Column("id", ID, primary_key=True, autoincrement=True),
+    sa.Column("tenant", TENANT, nullable=False),
+    sa.Column("name", NAME, nullable=False),
+    sa.Column("alias", sa.String(32), nullable=False),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("canary_number", sa.Integer, nullable=True),
+    sa.Column("shadow_number", sa.Integer, nullable=True),
+    sa.Column("settings", JsonText, nullable=False),
+    sa.Column("at", UtcTime, nullable=False),
+    sa.UniqueConstraint("tenant", "name", "alias", "generation", name="uq_splits_generation"),
+    *(
+        sa.ForeignKeyConstraint(
+            ["tenant", "name", column], ["versions.tenant", "versions.name", "versions.number"], name=f"fk_splits_{to}"
+        )
+        for column, to in (("number", "version"), ("canary_number", "canary"), ("shadow_number", "shadow"))
+    ),
+)
+
+# What came of a trial, as each gateway counted it since its start: the only rows of a history that change.
+figures = sa.Table(
+    "figures",
+    metadata,
+    sa.Column("tenant", TENANT, primary_key=True),
+    sa.Column("trial", sa.String(16), primary_key=True),
+    sa.Column("arm", sa.String(16), primary_key=True),
+    sa.Column("gateway", sa.String(32), primary_key=True),
+    sa.Column("counts", JsonText, nullable=False),
+    sa.Column("at", UtcTime, nullable=False),
 )
 
 

@@ -12,14 +12,15 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from serving.engine.gpu_copies import Arrival, Copies, DirectCopies, SideStreamCopies
-from serving.engine.lora import HostAdapter, Site
+from serving.engine.lora import Form, HostAdapter, Site, kind_of
 
+_LAYOUT = "cuda1"  # to be changed with the layout: what lies on disk in another one is made anew
 _ALIGN = 16  # bytes that the device reads at once
 _FIELDS = 3
 BLOCK_TOKENS = 16  # of a block; tensor cores take no fewer
@@ -118,6 +119,12 @@ class TritonSlots:
         self._reaches = [Reach()] * slots
         self._ever = Reach()
         self._step: _Step | None = None
+        self._kind = kind_of(f"{_LAYOUT}-{str(dtype).removeprefix('torch.')}", sites)
+
+    @property
+    def kind(self) -> str:
+        """See Slots."""
+        return self._kind
 
     @property
     def size_bytes(self) -> int:
@@ -129,12 +136,20 @@ class TritonSlots:
         """Of all that was ever installed; it only grows, so that what was captured for it seldom goes stale."""
         return self._ever
 
+    def prepare(self, adapter: HostAdapter) -> HostAdapter:
+        """See Slots. What was laid out lies in memory that the device copies from without a detour."""
+        staged = pack(self._sites, adapter, self._dtype, self._copies)
+        return replace(adapter, pairs={}, form=Form(self._kind, (staged,), frozenset(adapter.pairs)))
+
     def install(self, slot: int, adapter: HostAdapter) -> None:
         """See Slots. Steps that are under way still read the slot's former content; the next one that uses it waits."""
         if adapter.rank > self._max_rank:
             raise ValueError(f"rank {adapter.rank} exceeds the slots' limit {self._max_rank}")
         index = slot - 1
-        staged = pack(self._sites, adapter, self._dtype, self._copies)
+        form = adapter.form or self.prepare(adapter).form
+        if form is None or form.kind != self._kind:
+            raise ValueError(f"the adapter was laid out for {form and form.kind}, not for {self._kind}")
+        (staged,) = form.tensors
         size = staged.numel()
         buffer = self._buffers[index]
         if buffer is None or not size <= buffer.numel() <= 2 * size:
@@ -142,9 +157,13 @@ class TritonSlots:
             self._await(index)
             buffer = self._buffers[index] = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._arrivals[index] = self._copies.send(staged, buffer[:size])
-        sites = frozenset(n for n, s in enumerate(self._sites) if not adapter.pairs.keys().isdisjoint(s.modules))
+        sites = frozenset(n for n, s in enumerate(self._sites) if not form.modules.isdisjoint(s.modules))
         self._reaches[index] = Reach(sites, adapter.rank)
         self._ever = self._ever.joined(self._reaches[index])
+
+    def laid(self, slot: int) -> Tensor | None:
+        """See Slots. After `begin` with this slot, it has arrived."""
+        return self._buffers[slot - 1]
 
     def begin(self, slots: Sequence[int]) -> bool:
         """See Slots."""

@@ -6,6 +6,7 @@ masked products, here, in torch alone; and each adapter packed for the kernels, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from adapters.golden import GoldenRow
 from serving.engine.memory import lazy_zeros
 
 RANK_BUCKETS = (8, 16, 32, 64, 128, 256)
@@ -41,12 +43,25 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """An adapter's pairs as one kind of slots holds them; installing them then costs a copy, or not even that.
+
+    kind: of the slots that laid them out, and of what they are for. modules: those that have a pair.
+    """
+
+    kind: str
+    tensors: tuple[Tensor, ...]
+    modules: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class HostAdapter:
     """An adapter's tensors on the host, verified and ready to install.
 
     pairs: module path -> (a, b); a: (r, in), b: (r, out) with alpha/r (or alpha/sqrt(r)) folded in. gains: module path
     -> (out,) in float32, what DoRA multiplies the base's product with (the bias not), folded into b too. pairs and
-    gains are of the sites' modules; embedding and head have a form of their own.
+    gains are of the sites' modules; embedding and head have a form of their own. form: the pairs laid out, and then
+    `pairs` is empty (see Slots.prepare).
     """
 
     digest: str
@@ -55,12 +70,15 @@ class HostAdapter:
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     embedding: End | None = None
     head: End | None = None
+    golden: tuple[GoldenRow, ...] = ()
+    form: Form | None = None
 
     @property
     def size_bytes(self) -> int:
         """Bytes of its tensors."""
         ends = sum(end.size_bytes for end in (self.embedding, self.head) if end is not None)
-        return ends + _bytes(*self.gains.values()) + sum(_bytes(*pair) for pair in self.pairs.values())
+        laid = 0 if self.form is None else _bytes(*self.form.tensors)
+        return ends + laid + _bytes(*self.gains.values()) + sum(_bytes(*pair) for pair in self.pairs.values())
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -76,6 +94,11 @@ class Site:
     widths: tuple[int, ...]
 
 
+def kind_of(layout: str, sites: Sequence[Site]) -> str:
+    """The name of a form: how it is laid out, and for which sites."""
+    return f"{layout}-{hashlib.sha256(repr(tuple(sites)).encode()).hexdigest()[:16]}"
+
+
 class Slots(Protocol):
     """Where adapters lie on the device. `Step` is what `active` prepares and `add` takes, of the form's own kind."""
 
@@ -83,11 +106,22 @@ class Slots(Protocol):
     def size_bytes(self) -> int:
         """Bytes of what the slots hold."""
 
-    def install(self, slot: int, adapter: HostAdapter) -> None:
-        """Put an adapter into a slot (1-based), whatever was there before.
+    @property
+    def kind(self) -> str:
+        """Names the form of these slots; empty when pairs are installed as they are."""
 
-        Raises ValueError when its rank exceeds what slots may hold; the slot is untouched then.
+    def prepare(self, adapter: HostAdapter) -> HostAdapter:
+        """The adapter with its pairs laid out for these slots: the slow half of `install`, for any thread."""
+
+    def install(self, slot: int, adapter: HostAdapter) -> None:
+        """Put an adapter into a slot (1-based), whatever was there before; one that was not prepared is, here.
+
+        Raises ValueError when its rank exceeds what slots may hold or it was prepared for others; the slot is
+        untouched then.
         """
+
+    def laid(self, slot: int) -> Tensor | None:
+        """What lies in a slot as it was laid out for it (1-D, perhaps longer); None where pairs are installed."""
 
     def begin(self, slots: Sequence[int]) -> bool:
         """Prepare a step whose flat tokens have these slots; False when none has an adapter."""
@@ -149,8 +183,19 @@ class StackedSlots:
         flat = [*self._a, *(b for row in self._b for b in row)]
         return sum(t.numel() * t.element_size() for t in flat)
 
+    @property
+    def kind(self) -> str:
+        """See Slots."""
+        return ""
+
+    def prepare(self, adapter: HostAdapter) -> HostAdapter:
+        """See Slots."""
+        return adapter
+
     def install(self, slot: int, adapter: HostAdapter) -> None:
         """See Slots. Ranks and modules that the adapter lacks become zero."""
+        if adapter.form is not None:
+            raise ValueError(f"the adapter was laid out for {adapter.form.kind}, not for stacked slots")
         if adapter.rank > self._max_rank:
             raise ValueError(f"rank {adapter.rank} exceeds the slots' limit {self._max_rank}")
         if adapter.rank > self.rank:
@@ -167,6 +212,10 @@ class StackedSlots:
                     a[index, m, :rank].copy_(pair[0])
                     b[m][index, :rank].copy_(pair[1])
         self._touched[slot] = frozenset(adapter.pairs)
+
+    def laid(self, slot: int) -> Tensor | None:
+        """See Slots."""
+        return None
 
     def begin(self, slots: Sequence[int]) -> bool:
         """See Slots."""

@@ -7,14 +7,16 @@ even number and all to 16, as (ranks/16, in/2, 16, 2); then B of each module as 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from serving.engine.lora import HostAdapter, Site
+from serving.engine.lora import Form, HostAdapter, Site, kind_of
 
+_LAYOUT = "cpu1"  # to be changed with the layout: what lies on disk in another one is made anew
 _LANES = 16
 _SITE_FIELDS = 2
 _MODULE_FIELDS = 5
@@ -73,20 +75,38 @@ class PackedSlots:
         self._offsets = torch.zeros(slots, len(sites), width, dtype=torch.long)
         self._blocks = torch.zeros(0, 2 + _BLOCK_ROWS, dtype=torch.long)
         self._touched: set[int] = set()
+        self._kind = kind_of(_LAYOUT, sites)
+
+    @property
+    def kind(self) -> str:
+        """See Slots."""
+        return self._kind
 
     @property
     def size_bytes(self) -> int:
         """See Slots."""
         return sum(b.numel() * b.element_size() for b in self._buffers if b is not None)
 
-    def install(self, slot: int, adapter: HostAdapter) -> None:
+    def prepare(self, adapter: HostAdapter) -> HostAdapter:
         """See Slots."""
+        form = Form(self._kind, pack(self._sites, adapter), frozenset(adapter.pairs))
+        return replace(adapter, pairs={}, form=form)
+
+    def install(self, slot: int, adapter: HostAdapter) -> None:
+        """See Slots. The slot shares the memory of what was prepared."""
         if adapter.rank > self._max_rank:
             raise ValueError(f"rank {adapter.rank} exceeds the slots' limit {self._max_rank}")
-        buffer, offsets = pack(self._sites, adapter)
+        form = adapter.form or self.prepare(adapter).form
+        if form is None or form.kind != self._kind:
+            raise ValueError(f"the adapter was laid out for {form and form.kind}, not for {self._kind}")
+        buffer, offsets = form.tensors
         self._buffers[slot - 1] = buffer
         self._addresses[slot - 1] = buffer.data_ptr()
         self._offsets[slot - 1] = offsets
+
+    def laid(self, slot: int) -> Tensor | None:
+        """See Slots."""
+        return self._buffers[slot - 1]
 
     def begin(self, slots: Sequence[int]) -> bool:
         """See Slots. Tokens of one adapter share the read of its weights, four at a time."""

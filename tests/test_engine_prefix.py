@@ -88,7 +88,7 @@ def test_the_oldest_content_makes_room_first_and_blank_rows_before_it() -> None:
 
 
 def test_answers_are_the_same_with_reuse_and_without(decoder: Decoder, tiny_adapters: list[Path]) -> None:
-    """Few openings, many continuations, three scopes, three rows: copies, rows taken again, evictions."""
+    """Few openings, many continuations, three scopes in turn, five rows: copies, rows taken again, evictions."""
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     openings = [prompt(rng, n) for n in (20, 33, 60)]
@@ -98,7 +98,7 @@ def test_answers_are_the_same_with_reuse_and_without(decoder: Decoder, tiny_adap
     ]
 
     def answers(reuse: bool) -> tuple[list[list[int]], EngineCase]:
-        case = EngineCase(decoder, rows=3, slots=2, chunk=9, prefix_reuse=reuse)
+        case = EngineCase(decoder, rows=5, slots=2, chunk=9, prefix_reuse=reuse)
         keys = [case.submit(ids, adapter, max_tokens=6, ignore_eos=True) for ids, adapter in asked]
         case.run()
         return [case.answer(key) for key in keys], case

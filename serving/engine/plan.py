@@ -51,6 +51,12 @@ class Loader(Protocol):
     def want(self, digest: str) -> LoadState:
         """Start loading if need be; never blocks."""
 
+    def bytes_of(self, digest: str) -> int:
+        """Bytes of an adapter on the host; 0 when it is not there. Starts nothing."""
+
+    def source_of(self, digest: str) -> str:
+        """The tier that an adapter lies in now, as far as is known. Starts nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:

@@ -1,19 +1,19 @@
 """Decides, step by step, which sequences run and on which rows and slots. Knows no tensors, no clock of its own.
 
-Order is first come, first served, with one exception: a sequence whose adapter is still loading, or for whose adapter
-no slot is free, waits aside while younger ones go on. To keep that fair, once such a sequence has waited
-`patience_s` for a slot, no younger sequence gets a lease until slots have drained for it; base rows go on.
+Who starts, and in which order, is `admission`'s to say; here they get rows, steps and their endings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from serving.engine.admission import Admission
 from serving.engine.beams import BeamRules, BeamSearch, moves
 from serving.engine.breaker import Breaker
+from serving.engine.fair import INPUT, OUTPUT
 from serving.engine.kv import MIN_SHARED, Copy, RowTable, shared_prefix
-from serving.engine.plan import NO_SLOT, Key, Load, Loader, Outgoing, Sampled, StepPlan, StepResult
+from serving.engine.plan import NO_SLOT, Key, Loader, Outgoing, Sampled, StepPlan, StepResult
 from serving.engine.request import (
     Event,
     Failed,
@@ -28,7 +28,7 @@ from serving.engine.request import (
 )
 from serving.engine.row_plans import decode_rows, prefill_row
 from serving.engine.sequence import Sequence
-from serving.engine.slots import NoSlotFree, Placement, SlotTable
+from serving.engine.slots import Placement, SlotTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,13 @@ class Scheduler:
 
     def __init__(self, limits: Limits, rows: RowTable, slots: SlotTable, loader: Loader, eos: frozenset[int]) -> None:
         self._limits, self._rows, self._slots, self._loader, self._eos = limits, rows, slots, loader, eos
-        self._waiting: dict[Key, Sequence] = {}
+        self.breaker = Breaker()
+        self._admission = Admission(
+            rows, slots, loader, self.breaker, queue_limit=limits.queue_limit, patience_s=limits.patience_s
+        )
+        self._waiting = self._admission.queue
         self._running: dict[Key, Sequence] = {}
         self._tainted: list[int] = []
-        self.breaker = Breaker()
         self._copies: list[Copy] = []
         self.prompt_tokens = self.reused_tokens = 0
 
@@ -94,6 +97,7 @@ class Scheduler:
         leased = sum(1 for s in self._running.values() if s.adapter is not None)
         return (
             self._rows.balanced()
+            and self._admission.balanced()
             and self._rows.held == sum(len(s.rows) for s in self._running.values())
             and self._slots.leases == leased
         )
@@ -118,27 +122,12 @@ class Scheduler:
         beams = submit.sampling.num_beams
         if beams > 1 and not (limits.max_answer_len and beams <= self._rows.rows):
             return [Failed(submit.id, "invalid_value", f"No beam search of width {beams} here.")]
-        # A burst between two steps waits beside rows that are still free: those places count too.
-        if len(self._waiting) >= self._limits.queue_limit + self._rows.free:
-            return [
-                Failed(submit.id, "queue_full", f"{self._limits.queue_limit} requests wait already.", retry_after_s=1.0)
-            ]
-        if submit.adapter is not None and (refusal := self._set_aside(submit.adapter, submit.id, now)):
-            return [refusal]
-        if submit.adapter is not None and not self._slots.holds(submit.adapter):
-            self._loader.want(submit.adapter)  # the load starts while the sequence waits for its turn
-        self._waiting[key] = Sequence(key, submit, now)
-        return []
-
-    def _set_aside(self, digest: str, number: int, now: float) -> Failed | None:
-        wait = self.breaker.aside_s(digest, now)
-        if not wait:
-            return None
-        return Failed(number, "adapter_quarantined", f"Adapter {digest[:12]} is set aside.", retry_after_s=wait)
+        refusal = self._admission.take(Sequence(key, submit, now), now)
+        return [] if refusal is None else [refusal]
 
     def cancel(self, key: Key) -> None:
         """Forget a sequence; nobody listens for its events any more."""
-        self._waiting.pop(key, None)
+        self._waiting.remove(key)
         sequence = self._running.get(key)
         if sequence is not None:
             self._release(sequence)
@@ -155,45 +144,15 @@ class Scheduler:
     def admit(self, now: float) -> tuple[list[tuple[str, Placement]], list[Outgoing]]:
         """Give rows and slots to those who can have them.
 
-        Returns the adapters to install before the next run, and endings of sequences whose adapter cannot load.
+        Returns the adapters to install before the next run, and endings of sequences that cannot be served.
         """
+        endings = self._admission.look_ahead(now)
         installs: list[tuple[str, Placement]] = []
-        events: list[Outgoing] = []
-        leases_barred = rows_barred = False
-        for sequence in list(self._waiting.values()):
-            digest = sequence.adapter
-            # Who needs many rows is not overtaken for ever by those who need one.
-            rows_barred = rows_barred or self._rows.free < sequence.width
-            if digest is None:
-                if not rows_barred:
-                    self._start(sequence, now)
-                continue
-            if refusal := self._set_aside(digest, sequence.submit.id, now):
-                del self._waiting[sequence.key]
-                events.append((sequence.key, refusal))
-                continue
-            if not self._slots.holds(digest):
-                state = self._loader.want(digest)
-                if state.load is Load.FAILED:
-                    events.append((sequence.key, self._fail(sequence, *state.failure)))
-                    continue
-                sequence.source = state.source
-                if state.load is Load.LOADING:
-                    continue
-            if sequence.loaded_at is None:
-                sequence.loaded_at = now
-            if leases_barred or rows_barred:
-                continue
-            try:
-                placement = self._slots.acquire(digest)
-            except NoSlotFree:
-                sequence.slot_wait_since = sequence.slot_wait_since or now
-                leases_barred = now - sequence.slot_wait_since >= self._limits.patience_s
-                continue
-            if placement.install:
-                installs.append((digest, placement))
+        for sequence, placement in self._admission.starts(self._running.values(), now):
+            if sequence.adapter is not None and placement is not None and placement.install:
+                installs.append((sequence.adapter, placement))
             self._start(sequence, now)
-        return installs, events
+        return installs, endings
 
     def _start(self, sequence: Sequence, now: float) -> None:
         lease = self._rows.acquire(sequence.scope if self._reuses(sequence) else None, sequence.submit.prompt)
@@ -205,8 +164,10 @@ class Scheduler:
         sequence.state = State.PREFILL
         if sequence.width > 1:
             sequence.search = self._search(sequence.submit.sampling)
-        del self._waiting[sequence.key]
+        self._waiting.charge(sequence.scope, INPUT * (len(sequence.submit.prompt) - sequence.computed))
         self._running[sequence.key] = sequence
+        if sequence.adapter is not None:
+            self.breaker.started(sequence.adapter, sequence.key, now)
 
     def _search(self, sampling: Sampling) -> BeamSearch:
         ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
@@ -237,24 +198,34 @@ class Scheduler:
                     shared = min(shared_prefix(other.context, prompt), len(prompt) - 1)
                     if shared >= sequence.reused + MIN_SHARED:
                         self._copies.append(Copy(other.row, sequence.row, shared))
+                        self._waiting.charge(sequence.scope, INPUT * (sequence.reused - shared))
                         sequence.computed = sequence.reused = shared
         if sequence.computed == sequence.reused:
             self.prompt_tokens += len(prompt)
             self.reused_tokens += sequence.reused
 
-    def plan(self) -> StepPlan:
-        """The next step: a token for every decoding row, and prompt chunks within the budget."""
+    @property
+    def prompt_room(self) -> int:
+        """How many prompt tokens fit the next step."""
+        return self._limits.prefill_budget(sum(1 for s in self._running.values() if s.state is State.DECODE))
+
+    def plan(self, golden: tuple[RowPlan, ...] = (), unproven: Collection[str] = ()) -> StepPlan:
+        """The next step: a token for every decoding row, and prompt chunks within the budget.
+
+        golden: rows that ride along (see Proofs), within the budget too. unproven: adapters whose sequences wait.
+        """
         rows = [
             row
             for s in self._running.values()
             if s.state is State.DECODE
             for row in decode_rows(s, self._slot(s), self._eos)
         ]
-        budget = self._limits.prefill_budget(len(rows))
+        budget = self._limits.prefill_budget(len(rows)) - sum(row.length for row in golden)
+        rows += golden
         for sequence in self._running.values():
             if budget <= 0:
                 break
-            if sequence.state is State.PREFILL:
+            if sequence.state is State.PREFILL and sequence.adapter not in unproven:
                 self._share(sequence)
                 # An encoder reads both ways: its prompt is computed whole.
                 most = len(sequence.submit.prompt) if self._limits.max_answer_len else budget
@@ -286,6 +257,7 @@ class Scheduler:
                 events.append((row.key, self._fault(sequence, fault, now)))
                 continue
             sequence.computed += row.length
+            self._waiting.charge(sequence.scope, OUTPUT * sum(found is not None for found in outcomes))
             if sequence.search is not None:
                 events += [(row.key, event) for event in self._advance(sequence, sequence.search, result, now)]
                 continue
@@ -342,10 +314,12 @@ class Scheduler:
             yield Tokens(number, shown, (), sequence.timing(now))
         yield self._finish(sequence, FinishReason.STOP if ended else FinishReason.LENGTH, now)
 
-    def abandon(self, digest: str, message: str) -> list[Outgoing]:
+    def abandon(
+        self, digest: str, message: str, code: str = "adapter_load_failed", retry_after_s: float | None = None
+    ) -> list[Outgoing]:
         """An adapter could not be brought into its slot: end the sequences that lease it and empty the slot."""
         hit = [s for s in self._running.values() if s.adapter == digest]
-        events: list[Outgoing] = [(s.key, self._fail(s, "adapter_load_failed", message)) for s in hit]
+        events: list[Outgoing] = [(s.key, self._fail(s, code, message, retry_after_s)) for s in hit]
         if self._slots.holds(digest):
             self._slots.forget(digest)
         return events
@@ -374,17 +348,21 @@ class Scheduler:
         self._release(sequence)
         if sequence.adapter is not None:
             self.breaker.good(sequence.adapter, now)
+        cost = INPUT * (len(sequence.submit.prompt) - sequence.reused) + OUTPUT * len(sequence.output)
+        self._admission.forecast.ended(now - sequence.admitted_at, cost)
         return Finished(sequence.submit.id, reason, sequence.timing(now))
 
-    def _fail(self, sequence: Sequence, code: str, message: str) -> Failed:
-        self._waiting.pop(sequence.key, None)
+    def _fail(self, sequence: Sequence, code: str, message: str, retry_after_s: float | None = None) -> Failed:
+        self._waiting.remove(sequence.key)
         if sequence.key in self._running:
             self._release(sequence)
         sequence.state = State.FINISHED
-        return Failed(sequence.submit.id, code, message)
+        return Failed(sequence.submit.id, code, message, retry_after_s)
 
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.key]
+        if sequence.adapter is not None:
+            self.breaker.ended(sequence.adapter, sequence.key)
         if sequence.state is State.PREFILL and sequence.computed > sequence.reused:
             self._tainted += sequence.rows  # nobody has seen yet whether these numbers are finite
         if sequence.row in self._tainted or not self._reuses(sequence):

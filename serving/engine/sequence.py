@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from serving.engine.beams import BeamSearch
 from serving.engine.kv import Scope
 from serving.engine.plan import Key
-from serving.engine.request import State, Submit, Timing
+from serving.engine.request import LoadTimes, State, Submit, Timing
 
 
 @dataclass(slots=True)
@@ -15,6 +15,7 @@ class Sequence:
     """A submitted sequence and where it stands. Only the scheduler changes it.
 
     rows: all that it holds, in a beam search those of the live hypotheses first; row: the first of them.
+    turn: its number among all that ever waited.
     """
 
     key: Key
@@ -26,11 +27,12 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     search: BeamSearch | None = None
     rows: list[int] = field(default_factory=list)
-    slot_wait_since: float | None = None
+    turn: int = 0
     loaded_at: float | None = None
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     source: str = "device"
+    load: LoadTimes | None = None
 
     @property
     def row(self) -> int:
@@ -45,6 +47,12 @@ class Sequence:
     def width(self) -> int:
         """How many rows it needs."""
         return self.submit.sampling.num_beams
+
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens it may still answer with."""
+        answered = self.output if self.search is None else self.search.live[0].tokens if self.search.live else ()
+        return self.submit.sampling.max_tokens - len(answered)
 
     @property
     def adapter(self) -> str | None:
@@ -72,4 +80,5 @@ class Sequence:
             decode_s=max(0.0, now - first),
             source=self.source,
             reused=self.reused,
+            load=self.load,
         )

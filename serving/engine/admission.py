@@ -1,0 +1,236 @@
+"""Who may wait, and who starts: the door of the engine, in turns that `fair` counts. Knows no tensors, no clock.
+
+Whose turn it is starts, if it can: a free row, and a slot for its adapter. Who cannot is passed by, within bounds:
+- An adapter that loads holds up nobody. Loads start for those whose turn comes first.
+- A search that needs more rows than are free lets nobody start whose turn comes after it, so rows gather.
+- Who has waited `patience_s` for a slot has one drained: an adapter whose turn comes later gets no new leases until
+  its last one ends. At most a quarter of the slots drains at a time; what uses the others goes on.
+So nobody starves: of those whose turn comes before, each start makes its counter larger, and newcomers begin no lower
+than the least of those who could run (see `Counters`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+
+from serving.engine.breaker import Breaker
+from serving.engine.fair import FairQueue, Lane
+from serving.engine.forecast import Forecast
+from serving.engine.kv import RowTable
+from serving.engine.plan import Load, Loader, Outgoing
+from serving.engine.request import Failed, State
+from serving.engine.sequence import Sequence
+from serving.engine.slots import Placement, SlotTable
+
+LEAST_LOOKAHEAD = 16
+KNOWN_SIZES = 4096  # adapters whose size is remembered once they have left the host
+
+
+class Admission:
+    """The sequences of one engine that wait. breaker: whose adapters are refused for a while."""
+
+    def __init__(
+        self,
+        rows: RowTable,
+        slots: SlotTable,
+        loader: Loader,
+        breaker: Breaker,
+        *,
+        queue_limit: int,
+        patience_s: float,
+    ) -> None:
+        self._rows, self._slots, self._loader, self._breaker = rows, slots, loader, breaker
+        self._queue_limit, self._patience_s = queue_limit, patience_s
+        self.queue = FairQueue()
+        self.forecast = Forecast(rows.rows)
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._drains: dict[str, str] = {}  # whose slot drains -> for whom
+        self._refused: list[Outgoing] = []
+        self._wanted: set[str] = set()
+        # So many adapters may be loading or lie ready on the host for those who wait; others wait with their loads,
+        # lest what is needed soon is pushed off the host by what is needed late.
+        self._lookahead = max(LEAST_LOOKAHEAD, 2 * slots.slots)
+
+    # -- who may wait ---------------------------------------------------------------------------------------------
+
+    def take(self, sequence: Sequence, now: float) -> Failed | None:
+        """Let a sequence wait, or refuse it at once."""
+        number, digest = sequence.submit.id, sequence.adapter
+        if digest is not None and (aside := self._breaker.aside_s(digest, now)):
+            return _set_aside(sequence, aside)
+        pinned = self._slots.pinned
+        if digest is not None and len(pinned) == self._slots.slots and digest not in pinned:
+            retry = self.forecast.clamp(0.0)
+            return Failed(number, "adapter_capacity", "Every slot is pinned.", retry_after_s=retry)
+        # A burst between two steps waits beside rows that are still free: those places count too.
+        if len(self.queue) >= self._queue_limit + self._rows.free:
+            youngest = self.queue.longest(sequence.scope)
+            if youngest is None:
+                return self._full(sequence)
+            self._end(youngest, self._full(youngest))
+        if refusal := self._too_late(sequence, now):
+            return refusal
+        self.queue.push(sequence)
+        return None
+
+    def _full(self, sequence: Sequence) -> Failed:
+        retry = self.forecast.retry_s(len(self.queue))
+        digest = sequence.adapter
+        if digest is not None and not self._slots.can_have(digest):
+            why = "Every slot is in use, and so is every place to wait for one."
+            return Failed(sequence.submit.id, "adapter_capacity", why, retry_after_s=retry)
+        why = f"{self._queue_limit} requests wait already."
+        return Failed(sequence.submit.id, "queue_full", why, retry_after_s=retry)
+
+    def _too_late(self, sequence: Sequence, now: float) -> Failed | None:
+        """The refusal of a sequence that could not even start before its deadline. Its load starts all the same."""
+        deadline_s, free = sequence.submit.deadline_s, self._rows.free
+        load_s = 0.0 if sequence.adapter is None else self._load_s(sequence.adapter, sequence, now)
+        wait_s = self.forecast.wait_s(len(self.queue), free)
+        if wait_s >= deadline_s:  # behind all the others; now see how many of them are ahead in turn
+            wait_s = self.forecast.wait_s(self.queue.ahead(sequence.scope, self.forecast.cost), free)
+        expected_s = max(load_s, wait_s)
+        if expected_s < deadline_s:
+            return None
+        if sequence.adapter is not None and load_s and self._may_load(sequence.adapter):
+            self._loader.want(sequence.adapter)
+        why = f"It would start in {expected_s:.1f} s; its deadline is in {deadline_s:.1f} s."
+        retry = self.forecast.clamp(expected_s - deadline_s)
+        return Failed(sequence.submit.id, "deadline_exceeded", why, retry_after_s=retry)
+
+    def _load_s(self, digest: str, sequence: Sequence, now: float) -> float:
+        if self._slots.holds(digest) or self._loader.bytes_of(digest):
+            return 0.0
+        lane = self.queue.lane(sequence.scope)
+        spent = now - lane.loading_since if lane is not None and lane.loading_since is not None else 0.0
+        return max(0.0, self.forecast.load_s(self._loader.source_of(digest), self._sizes.get(digest, 0)) - spent)
+
+    def _may_load(self, digest: str) -> bool:
+        if len(self._wanted) < self._lookahead:
+            self._wanted.add(digest)
+        return digest in self._wanted
+
+    # -- who starts -----------------------------------------------------------------------------------------------
+
+    def look_ahead(self, now: float) -> list[Outgoing]:
+        """Start the loads of those whose turn comes first, see which lanes could run, and end those that never can.
+
+        Returns the endings, with those of sequences that gave up their places.
+        """
+        absent: list[Lane] = []
+        self._wanted = set()
+        for lane in self.queue.lanes():
+            digest = lane.scope.adapter
+            if digest is not None and (aside := self._breaker.aside_s(digest, now)):
+                for sequence in list(lane.waiting.values()):
+                    self._end(sequence, _set_aside(sequence, aside))
+            elif digest is None or self._slots.holds(digest):
+                self._loaded(lane, now)
+            else:
+                self._may_load(digest)
+                absent.append(lane)
+        # Whose turn comes first is asked for last: of what was wanted the host keeps the latest the longest.
+        for lane in reversed(absent):
+            self._look(lane, lane.scope.adapter or "", now)
+        refused, self._refused = self._refused, []
+        return refused
+
+    def _look(self, lane: Lane, digest: str, now: float) -> None:
+        if digest not in self._wanted and not self._loader.bytes_of(digest):
+            self.queue.stand_back(lane)
+            return
+        state = self._loader.want(digest)
+        if state.load is Load.FAILED:
+            for sequence in list(lane.waiting.values()):
+                self._end(sequence, Failed(sequence.submit.id, *state.failure, retry_after_s=state.retry_after_s))
+            return
+        for sequence in lane.waiting.values():
+            sequence.source, sequence.load = state.source, state.times or sequence.load
+        if state.load is Load.LOADING:
+            self.queue.stand_back(lane)
+            if lane.loading_since is None:
+                lane.loading_since = now
+            return
+        size = self._sizes[digest] = self._loader.bytes_of(digest)
+        self._sizes.move_to_end(digest)
+        if len(self._sizes) > KNOWN_SIZES:
+            self._sizes.popitem(last=False)
+        if lane.loading_since is not None:
+            self.forecast.loaded(state.source, size, now - lane.loading_since)
+        self._loaded(lane, now)
+
+    def _loaded(self, lane: Lane, now: float) -> None:
+        self.queue.step_up(lane)
+        for sequence in reversed(lane.waiting.values()):
+            if sequence.loaded_at is not None:
+                break
+            sequence.loaded_at = now
+
+    def starts(self, running: Collection[Sequence], now: float) -> Iterator[tuple[Sequence, Placement | None]]:
+        """Those who start now, in their turns, each with its lease. The caller takes rows for one, and charges it,
+        before it asks for the next."""
+        self._drains = {victim: heir for victim, heir in self._drains.items() if self._drains_on(victim, heir)}
+        lanes = [lane for lane in self.queue.lanes() if lane.ready]
+        while lanes and self._rows.free:
+            lane = lanes.pop(0)
+            sequence, digest = lane.head, lane.scope.adapter
+            if digest is not None and not self._has_slot(lane, digest, running, now):
+                continue
+            if sequence.width > self._rows.free:
+                return
+            self.queue.remove(sequence.key)
+            yield sequence, None if digest is None else self._slots.acquire(digest)
+            if lane.waiting:
+                lanes.append(lane)
+            lanes.sort(key=self.queue.rank)
+
+    def _has_slot(self, lane: Lane, digest: str, running: Collection[Sequence], now: float) -> bool:
+        """Whether the lane's adapter can be leased now; if it has waited for that long enough, a slot is drained."""
+        if digest in self._drains:
+            return False
+        if self._slots.can_have(digest):
+            lane.blocked_since = None
+            return True
+        if lane.blocked_since is None:
+            lane.blocked_since = now
+        if now - lane.blocked_since >= self._patience_s and digest not in self._drains.values():
+            self._drain_for(lane, digest, running)
+        return False
+
+    def _drain_for(self, lane: Lane, digest: str, running: Collection[Sequence]) -> None:
+        """Choose the slot that this lane will have: of those whose turn comes later, or for whom nobody waits, the one
+        that can be had the soonest."""
+        if len(self._drains) >= max(1, self._slots.slots // 4):
+            return
+        mine = self.queue.rank(lane)
+        before = {other.scope.adapter for other in self.queue.lanes() if other.ready and self.queue.rank(other) < mine}
+        spared = {*before, *self._slots.pinned, *self._drains}
+        left: dict[str, int] = {}
+        for sequence in running:
+            if sequence.adapter is not None and sequence.adapter not in spared:
+                left[sequence.adapter] = max(left.get(sequence.adapter, 0), sequence.tokens_left)
+        if left:
+            self._drains[min(left, key=lambda victim: left[victim])] = digest
+
+    def _drains_on(self, victim: str, heir: str) -> bool:
+        waits = any(lane.ready and lane.scope.adapter == heir for lane in self.queue.lanes())
+        return waits and self._slots.holds(victim) and not self._slots.holds(heir)
+
+    # -- endings and books ----------------------------------------------------------------------------------------
+
+    def balanced(self) -> bool:
+        """The books agree: true between any two calls."""
+        return self.queue.balanced() and len(self._drains) <= max(1, self._slots.slots // 4)
+
+    def _end(self, sequence: Sequence, refusal: Failed) -> None:
+        self.queue.remove(sequence.key)
+        sequence.state = State.FINISHED
+        self._refused.append((sequence.key, refusal))
+
+
+def _set_aside(sequence: Sequence, wait_s: float) -> Failed:
+    digest = sequence.adapter or ""
+    return Failed(
+        sequence.submit.id, "adapter_quarantined", f"Adapter {digest[:12]} is set aside.", retry_after_s=wait_s
+    )

@@ -33,6 +33,22 @@ def serve(
     prefix_reuse: Annotated[
         bool, typer.Option(help="Let a prompt start behind what its tenant's adapter has computed already.")
     ] = True,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Engines side by side, each with a base of its own.")
+    ] = None,
+    min_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Fewest engines; below --max-replicas their number follows the load."),
+    ] = None,
+    max_replicas: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most engines.")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="auto|HOST:PORT",
+            help="A Ray cluster that runs already; its nodes must see the home at the same path.",
+        ),
+    ] = None,
     drain: Annotated[int | None, typer.Option(help="Seconds that running requests get to finish at a stop.")] = None,
     home: HomeOption = None,
 ) -> None:
@@ -62,5 +78,9 @@ def serve(
         host_bytes=host_mib << 20,
         queue_limit=queue,
         prefix_reuse=prefix_reuse,
+        replicas=replicas,
+        min_replicas=min_replicas,
+        max_replicas=max_replicas,
+        ray_address=ray_address,
     )
     raise typer.Exit(start(options))

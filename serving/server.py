@@ -15,7 +15,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,7 +31,9 @@ from adapters.registry import Registry
 from serving.api.app import build_app, build_gateway
 from serving.api.server import uvicorn_config
 from serving.config import EdgeSettings
-from serving.link import Address, EngineLink
+from serving.link import Address
+from serving.replica_metrics import ReplicaCollector
+from serving.router import Router
 
 _SOCKETS = "loraplane-"
 # What is left of the drain time for streams to hear that they were cut.
@@ -44,8 +46,8 @@ class Cluster(Protocol):
     def start(self) -> None:
         """Bring the engine up; blocks until it is healthy."""
 
-    async def locate(self) -> Address:
-        """The address of a living replica."""
+    async def addresses(self) -> Sequence[Address]:
+        """Where the living replicas listen. Raises ConnectionError while nobody can say."""
 
     def stop(self) -> None:
         """Take it down; blocks."""
@@ -99,10 +101,11 @@ class Server:
 
     def __init__(self, parts: Parts, listener: socket.socket) -> None:
         self._parts, self._listener = parts, listener
-        self._link = EngineLink(parts.cluster.locate)
+        self._router = Router(parts.cluster.addresses)
         self._gateway, metrics = build_gateway(
-            self._link, parts.registry, parts.base, Renderer(parts.base_folder), parts.settings, parts.engine_limits
+            self._router, parts.registry, parts.base, Renderer(parts.base_folder), parts.settings, parts.engine_limits
         )
+        metrics.registry.register(ReplicaCollector(self._router.views))
         app = build_app(self._gateway, parts.registry, parts.settings, metrics)
         self._http = _Uvicorn(uvicorn_config(app, parts.settings), self._on_signal)
         self._stopping = asyncio.Event()
@@ -112,7 +115,7 @@ class Server:
         """Serve until told to stop."""
         begun = time.monotonic()
         self._loop = asyncio.get_running_loop()
-        linked = asyncio.create_task(self._link.run())
+        linked = asyncio.create_task(self._router.run())
         started = asyncio.create_task(self._start_engine(begun))
         stopped = asyncio.create_task(self._drain())
         try:
@@ -134,13 +137,15 @@ class Server:
             say(f"the engine could not be started: {' '.join(str(error).split())[:300]}")
             self._stopping.set()
             return
-        while self._link.facts is None and not self._stopping.is_set():
+        while self._router.facts is None and not self._stopping.is_set():
             await asyncio.sleep(0.02)
-        facts = self._link.facts
+        facts = self._router.facts
         if facts is not None:
+            connected = sum(view.connected for view in self._router.views())
             say(
                 f"ready after {time.monotonic() - begun:.1f} s: {facts.dtype} on {facts.device}, "
                 f"{facts.max_rows} rows, {facts.slots} adapter slots, context {facts.max_model_len}"
+                f"{_replicas(connected)}"
             )
 
     def _on_signal(self, number: int) -> None:
@@ -156,9 +161,13 @@ class Server:
         if admission.inflight:
             self._parts.say(f"stopping: {admission.inflight} requests may finish within {limit} s; again to stop now")
         if not await admission.wait_empty(max(0.0, limit - _LAST_WORDS_S)):
-            self._link.fail_running("not_ready", "The server stops; send the request again elsewhere.")
+            self._router.fail_running("not_ready", "The server stops; send the request again elsewhere.")
             await admission.wait_empty(_LAST_WORDS_S)
         self._http.should_exit = True
+
+
+def _replicas(connected: int) -> str:
+    return f", {connected} replicas" if connected > 1 else ""
 
 
 class _Uvicorn(uvicorn.Server):

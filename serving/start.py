@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ import structlog
 
 from adapters.base_digest import read_json
 from adapters.bases import open_base, pull
+from adapters.errors import ConfigInvalid
 from adapters.families import adaptable, check_family
 from adapters.home import Home
 from adapters.records import BASE_ID, BaseRecord
 from adapters.registry import Registry
 from serving.config import EdgeSettings, load_settings
 from serving.engine.config import EngineConfig
-from serving.server import Parts, bind, run_server, socket_folder
+from serving.scaling import Scaling, scaling
+from serving.server import Cluster, Parts, bind, run_server, socket_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,18 @@ class ServeOptions:
     host_bytes: int
     queue_limit: int
     prefix_reuse: bool
+    replicas: int | None = None
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    ray_address: str | None = None
 
 
 def start(options: ServeOptions) -> int:
     """Serve until told to stop; the exit code. Raises OperatorError for what the operator can mend."""
     _log_plainly()
     settings = load_settings(host=options.host, port=options.port, drain_s=options.drain_s)
+    wanted = scaling(options.replicas, options.min_replicas, options.max_replicas)
+    _check_device(options.device, wanted)
     home = Home.find(options.home)
     listener = bind(settings)
     registry = Registry.open(home)
@@ -53,14 +62,28 @@ def start(options: ServeOptions) -> int:
         record, folder = find_base(options.base, home, registry)
         registry.mean_by_base(record)
         with socket_folder() as sockets:
-            parts = _parts(home, registry, record, folder, settings, _engine(options, home, record, folder), sockets)
+            config = _engine(options, home, record, folder, wanted)
+            cluster = _cluster(config, sockets, wanted, options.ray_address, settings.drain_s)
+            parts = _parts(home, registry, record, folder, settings, config, cluster)
             return run_server(parts, listener)
     finally:
         registry.close()
         listener.close()
 
 
-def _engine(options: ServeOptions, home: Home, record: BaseRecord, folder: Path) -> EngineConfig:
+def _check_device(device: str, wanted: Scaling) -> None:
+    if wanted.highest > 1 and device.startswith("cuda:"):
+        raise ConfigInvalid(f"every replica takes a card of its own: use --device cuda in place of {device}")
+
+
+def _threads(options: ServeOptions, wanted: Scaling) -> int:
+    """Threads of one replica. Those of one machine share its cores; on a cluster of others each may have all."""
+    if options.threads or wanted.highest == 1 or options.ray_address is not None:
+        return options.threads
+    return max(1, len(os.sched_getaffinity(0)) // wanted.highest)
+
+
+def _engine(options: ServeOptions, home: Home, record: BaseRecord, folder: Path, wanted: Scaling) -> EngineConfig:
     return EngineConfig(
         base_folder=str(folder),
         base_name=record.name,
@@ -70,7 +93,7 @@ def _engine(options: ServeOptions, home: Home, record: BaseRecord, folder: Path)
         blobs=str(home.blobs),
         device=options.device,
         dtype=options.dtype,
-        threads=options.threads,
+        threads=_threads(options, wanted),
         # 0: the base has no positions that could run out (T5).
         max_model_len=min(options.max_model_len, record.max_positions or options.max_model_len),
         max_rows=options.max_rows,
@@ -112,6 +135,15 @@ class _ServedShelf:
         return self.registry.add_base(base)
 
 
+def _cluster(config: EngineConfig, sockets: Path, wanted: Scaling, ray_address: str | None, drain_s: float) -> Cluster:
+    from serving.rayenv import prepare
+
+    prepare(ours=ray_address is None)  # before ray is imported: it reads the environment then
+    from serving.deployment import EngineCluster
+
+    return EngineCluster(config, sockets, wanted, ray_address=ray_address, drain_s=drain_s)
+
+
 def _parts(
     home: Home,
     registry: Registry,
@@ -119,13 +151,8 @@ def _parts(
     folder: Path,
     settings: EdgeSettings,
     config: EngineConfig,
-    sockets: Path,
+    cluster: Cluster,
 ) -> Parts:
-    from serving.rayenv import prepare
-
-    prepare()  # before ray is imported: it reads the environment then
-    from serving.deployment import EngineCluster
-
     limits = {
         "engine_rows": config.max_rows,
         "engine_slots": config.slots,
@@ -133,6 +160,7 @@ def _parts(
         "engine_context_tokens": config.max_model_len,
         "engine_host_bytes": config.host_bytes,
         "engine_rank": config.max_rank,
+        "engine_threads": config.num_threads,
     }
     return Parts(
         home=home,
@@ -140,7 +168,7 @@ def _parts(
         base=record,
         base_folder=folder,
         settings=settings,
-        cluster=EngineCluster(config, sockets),
+        cluster=cluster,
         engine_limits={name: float(value) for name, value in limits.items()},
         say=_say,
     )

@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from adapters.base_weights import BaseWeights
 from adapters.errors import AdapterLoadFailed, LoraplaneError
 from adapters.families import is_head, lies_transposed
+from adapters.golden import golden_from_json
 from adapters.spec import AdapterSpec, parse_spec
 from adapters.store import BlobStore
 from adapters.tensor_file import TensorView
@@ -45,7 +46,8 @@ def read_adapter(config: EngineConfig, digest: str, dtype: torch.dtype) -> HostA
     spec = parse_spec(store.read_verified(manifest["config"]))
     weights = open_weights(store.verify(manifest["weights"]))
     check_shapes(weights, config.modules, spec, config.max_rank)
-    return host_adapter(digest, weights, spec, dtype, Path(config.base_folder), config.family)
+    adapter = host_adapter(digest, weights, spec, dtype, Path(config.base_folder), config.family)
+    return replace(adapter, golden=golden_from_json(manifest.get("golden", [])))
 
 
 def host_adapter(

@@ -24,6 +24,7 @@ from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts, Event, Failed, Finished, Keep, Moved, Sampling, Submit, Tokens, Told
 from serving.engine.runner import DecoderRunner, Runner, make_slots
 from serving.engine.scheduler import Limits, Scheduler
+from serving.engine.slot_probe import slot_probe
 from serving.engine.slots import SlotTable
 from serving.loader import HostTier, host_adapter
 
@@ -68,6 +69,7 @@ class EngineCase:
         wrap: Callable[[Runner], Runner] = lambda runner: runner,
         patience_s: float = 2.0,
         prefix_reuse: bool = True,
+        spare: int = 3,
     ) -> None:
         self.time = 0.0
         self.answers: dict[Key, Answer] = {}
@@ -85,7 +87,9 @@ class EngineCase:
         )
         limits = Limits(MAX_LEN, queue_limit, chunk, 4 * chunk, patience_s, prefix_reuse=prefix_reuse)
         self.scheduler = Scheduler(limits, self.rows, self.slots, self.host, frozenset(decoder.stop_token_ids))
-        self.runner = wrap(DecoderRunner(decoder, rows, make_slots(decoder, slots, max_rank)))
+        device_slots = make_slots(decoder, slots, max_rank)
+        runner = DecoderRunner(decoder, rows, device_slots, spare=spare)
+        self.runner = wrap(runner)
         facts = EngineFacts("tiny", "0" * 64, "llama", MAX_LEN, rows, slots, max_rank, "float32", "cpu", (2,))
         self.engine = Engine(
             facts,
@@ -98,6 +102,7 @@ class EngineCase:
             queue_limit=queue_limit,
             probe_after_s=5.0,
             now=self.now,
+            prover=slot_probe(decoder, device_slots, runner.logits, rows, spare),
         )
 
     def now(self) -> float:

@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 
 from adapters.families import ENCODER_DECODERS, check_family
+from adapters.golden import MAX_ROWS
 from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine, Sink
 from serving.engine.kv import RowTable
 from serving.engine.model import Decoder, pick_device, pick_dtype
+from serving.engine.proof import Prover
 from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts
 from serving.engine.runner import DecoderRunner, Runner, make_slots
 from serving.engine.scheduler import Limits, Scheduler
 from serving.engine.seq2seq import EncoderDecoder, load_encoder_decoder
 from serving.engine.seq2seq_runner import Seq2SeqRunner
+from serving.engine.slot_probe import slot_probe
 from serving.engine.slots import SlotTable
 from serving.loader import HostTier, read_adapter
 
@@ -32,7 +35,7 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
     # threads than there are cores it lets none of them spin at a barrier. A step then took 33 ms instead of 18.
     with ThreadPoolExecutor(1, thread_name_prefix="base-load") as once:
         once.submit(_use_threads, config.num_threads).result()
-        base, runner, max_answer_len = once.submit(_load, config, dtype, device).result()
+        base, runner, max_answer_len, prover = once.submit(_load, config, dtype, device).result()
     rows, slots = RowTable(config.max_rows), SlotTable(config.slots)
     engines: list[Engine] = []
     host = HostTier(
@@ -79,6 +82,7 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
         queue_limit=config.queue_limit,
         probe_after_s=config.probe_after_s,
         begin=partial(_use_threads, config.num_threads),
+        prover=prover,
     )
     engines.append(engine)
     return engine
@@ -92,11 +96,17 @@ def _use_threads(count: int) -> None:
 
 def _load(
     config: EngineConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[Decoder | EncoderDecoder, Runner, int]:
-    """The base, its runner, and the longest answer of an encoder-decoder (0 for the others)."""
+) -> tuple[Decoder | EncoderDecoder, Runner, int, Prover]:
+    """The base, its runner, the longest answer of an encoder-decoder (0 for the others), and what looks at slots."""
     folder, length, rows = Path(config.base_folder), config.max_model_len, config.max_rows
     if config.family in ENCODER_DECODERS:
         both = load_encoder_decoder(folder, dtype, device, length)
-        return both, Seq2SeqRunner(both, rows, make_slots(both, config.slots, config.max_rank)), both.max_output
+        slots = make_slots(both, config.slots, config.max_rank)
+        reader = Seq2SeqRunner(both, rows, slots)
+        return both, reader, both.max_output, slot_probe(both, slots, reader.logits, rows, 0)
     decoder = load_decoder(folder, dtype, device, length)
-    return decoder, DecoderRunner(decoder, rows, make_slots(decoder, config.slots, config.max_rank)), 0
+    slots = make_slots(decoder, config.slots, config.max_rank)
+    # On the CPU a row that is never written costs nothing; on a device it costs as much as any other.
+    spare = MAX_ROWS if device.type == "cpu" else 1
+    runner = DecoderRunner(decoder, rows, slots, spare=spare)
+    return decoder, runner, 0, slot_probe(decoder, slots, runner.logits, rows, spare)

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 import msgspec
 import structlog
 
+from serving.engine.breaker import Doubt
 from serving.engine.keeping import Keeper
 from serving.engine.kv import RowTable
 from serving.engine.lora import HostAdapter
 from serving.engine.plan import Key, Outgoing, Sampled, StepPlan, StepResult
+from serving.engine.proof import NoProver, Proofs, Prover
 from serving.engine.request import Cancel, EngineFacts, Heartbeat, Keep, SlotState, Submit, TokenLogprob
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
@@ -45,11 +47,14 @@ class Engine:
         probe_after_s: float,
         now: Callable[[], float] = time.monotonic,
         begin: Callable[[], None] | None = None,
+        prover: Prover | None = None,
     ) -> None:
         self.facts = facts
         self._runner, self._scheduler, self._rows, self._slots, self._host = runner, scheduler, rows, slots, host
         self._sink, self._now, self._begin = sink, now, begin
         self._queue_limit, self._probe_after_s = queue_limit, probe_after_s
+        self._prover = prover or NoProver()
+        self._proofs = Proofs(self._prover.spare_rows)
         self._inbox: queue.SimpleQueue[tuple[Key, Submit | Cancel | Keep]] = queue.SimpleQueue()
         self._keeper = Keeper(scheduler, slots, host, install=self._install, clear=self._clear)
         self._work = threading.Event()
@@ -150,7 +155,9 @@ class Engine:
         out += refused
         for digest, placement in installs:
             out += self._install(digest, placement)
-        plan = self._scheduler.plan()
+        out += self._show_effect()
+        golden = self._proofs.rows(self._slots.slot_of, self._scheduler.prompt_room // 2)
+        plan = self._scheduler.plan(golden, self._proofs.pending)
         if plan.scrub or plan.copies:
             self._runner.tidy(plan)
         if plan.rows:
@@ -161,6 +168,8 @@ class Engine:
                 self._alive_at = done  # an engine that only fails is not alive, however busy
             self._steps += 1
             self._tokens += good
+            for digest in self._proofs.settle(plan, result):
+                out += self._doubt(digest, Doubt.GOLDEN_MISMATCH)
             out += self._scheduler.settle(plan, result, done)
         if out:
             self._sink(out)
@@ -186,6 +195,7 @@ class Engine:
     def _install(self, digest: str, placement: Placement) -> list[Outgoing]:
         self._ranks.pop(placement.evicted or "", None)
         self._sizes.pop(placement.evicted or "", None)
+        self._proofs.gone(placement.evicted)
         try:
             adapter = self._host.take(digest)
             self._runner.install(placement.slot, adapter)
@@ -193,12 +203,52 @@ class Engine:
         except Exception as error:
             _log.exception("adapter_install_failed", digest=digest, error=type(error).__name__)
             return self._scheduler.abandon(digest, f"adapter {digest[:12]} cannot be installed: {error}")
+        if not self._holds(placement.slot, adapter):
+            return self._doubt(digest, Doubt.SLOT_CONTENTS)
+        self._proofs.installed(digest, adapter)
         return []
+
+    def _holds(self, slot: int, adapter: HostAdapter) -> bool:
+        try:
+            return self._prover.applies(slot, adapter)
+        except Exception as error:  # a slot that cannot be looked at does not hold it either
+            _log.exception("slot_unreadable", slot=slot, error=type(error).__name__)
+            return False
+
+    def _show_effect(self) -> list[Outgoing]:
+        """Prove of one adapter that it changes the output; of one, since that takes as long as a small step."""
+        found = self._proofs.next_effect
+        if found is None:
+            return []
+        digest, adapter = found
+        try:
+            moves = self._prover.moves(self._slots.slot_of(digest), adapter)
+        except Exception as error:
+            _log.exception("adapter_probe_failed", digest=digest, error=type(error).__name__)
+            self._proofs.doubted(digest)
+            return self._scheduler.abandon(digest, f"adapter {digest[:12]} cannot be computed: {error}")
+        if not moves:
+            return self._doubt(digest, Doubt.NO_EFFECT)
+        self._proofs.shown(digest)
+        return []
+
+    def _doubt(self, digest: str, doubt: Doubt) -> list[Outgoing]:
+        """What lies in its slot did not prove to be this adapter: nobody is answered from it. What the host holds
+        is let go too, so that the next trial begins at the tier below."""
+        _log.error("adapter_set_aside", digest=digest, reason=doubt.value)
+        self._proofs.doubted(digest)
+        self._ranks.pop(digest, None)
+        self._sizes.pop(digest, None)
+        wait = self._scheduler.breaker.quarantine(digest, doubt, self._now())
+        out = self._scheduler.abandon(digest, doubt.value, "adapter_quarantined", wait)
+        self._host.drop(digest)
+        return out
 
     def _clear(self, digest: str) -> int:
         """Empty the slot of an adapter nobody uses; how many bytes its tensors had there."""
         size = self._sizes.pop(digest, 0)
         self._ranks.pop(digest, None)
+        self._proofs.gone(digest)
         self._runner.install(self._slots.slot_of(digest), _NOTHING)
         self._slots.forget(digest)
         return size

@@ -67,8 +67,8 @@ class RowPlan:
     sample: whether the row yields a token. position: index of that token in the answer, part of the random key.
     candidates: of a beam search, how many of the likeliest tokens are wanted; feed: the token that its decode row
     goes on from, since hypotheses change rows. targets: where the prompt's log-probabilities are wanted, the token
-    that follows each of `tokens`; the prompt's last token has none. prompt and output are there only where penalties
-    or bans look back.
+    that follows each of `tokens` but the first `skipped`; the prompt's last token has none. prompt and output are there
+    only where penalties or bans look back.
     """
 
     key: Key
@@ -86,6 +86,7 @@ class RowPlan:
     targets: tuple[int, ...] = ()
     candidates: int = 0
     feed: int = FED_ALREADY
+    skipped: int = 0
 
     @property
     def length(self) -> int:

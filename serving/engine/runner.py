@@ -45,17 +45,21 @@ class Runner(Protocol):
 
 
 class DecoderRunner:
-    """Decoder-only families on CPU or CUDA. capture: how decode steps are captured, where they are; see cuda_graph."""
+    """Decoder-only families on CPU or CUDA. capture: how decode steps are captured, where they are; see cuda_graph.
+    spare: cache rows behind the idle probe's, for golden rows."""
 
-    def __init__(self, decoder: Decoder, rows: int, slots: Slots, capture: Capture | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, rows: int, slots: Slots, capture: Capture | None = None, spare: int = 0
+    ) -> None:
         self._d = decoder
         self._slots = slots
         biases = [p.bias for layer in decoder.layers for p in (layer.qkv, layer.out, layer.up, layer.down)]
         self._extras = Extras(decoder.sites, biases, decoder.device)
-        self._probe_row = rows  # one row more than is given out
+        self._probe_row = rows  # one row more than is given out, and some for golden rows
         layers = [layer.heads for layer in decoder.layers]
-        self._cache = make_cache(layers, rows + 1, decoder.max_model_len, decoder.embedding, decoder.ops.kernels)
-        self._last = torch.zeros(rows + 1, dtype=torch.long, device=decoder.device)
+        count = rows + 1 + spare
+        self._cache = make_cache(layers, count, decoder.max_model_len, decoder.embedding, decoder.ops.kernels)
+        self._last = torch.zeros(count, dtype=torch.long, device=decoder.device)
         if capture is None and decoder.device.type == "cuda":
             capture = CudaCapture(decoder.device)
         self._graphs: DecodeGraphs | None = None
@@ -93,7 +97,7 @@ class DecoderRunner:
         scores: dict[int, tuple[TokenLogprob, ...]] = {}
         for row, own in _parts(plan.rows, hidden):
             if row.targets:
-                scored = self._score(row, own)
+                scored = self._score(row, own[row.skipped :])
                 if scored is None:
                     found[row.row] = NOT_FINITE
                 else:
@@ -128,7 +132,8 @@ class DecoderRunner:
         return self._head(hidden[self._sampling_tokens(rows)], [r.slot for r in rows if r.sample])
 
     def _score(self, row: RowPlan, hidden: Tensor) -> list[TokenLogprob] | None:
-        """Log-probabilities of a row's targets; None if something is not finite. hidden: (row's tokens, width)."""
+        """Log-probabilities of a row's targets; None if something is not finite. hidden: (tokens, width), from the
+        one that the first target follows."""
         top = row.sampling.prompt_logprobs or 0
         found: list[TokenLogprob] = []
         # In blocks, for logits of a long prompt would be gigabytes.

@@ -13,7 +13,7 @@ from serving.engine.beams import BeamRules, BeamSearch, moves
 from serving.engine.breaker import Breaker
 from serving.engine.fair import INPUT, OUTPUT
 from serving.engine.kv import MIN_SHARED, Copy, RowTable, shared_prefix
-from serving.engine.plan import NO_SLOT, Key, Loader, Outgoing, Sampled, StepPlan, StepResult
+from serving.engine.plan import NO_SLOT, Key, Loader, Outgoing, RowPlan, Sampled, StepPlan, StepResult
 from serving.engine.request import (
     Event,
     Failed,
@@ -166,6 +166,8 @@ class Scheduler:
             sequence.search = self._search(sequence.submit.sampling)
         self._waiting.charge(sequence.scope, INPUT * (len(sequence.submit.prompt) - sequence.computed))
         self._running[sequence.key] = sequence
+        if sequence.adapter is not None:
+            self.breaker.started(sequence.adapter, sequence.key, now)
         if sequence.adapter is not None:
             self.breaker.started(sequence.adapter, sequence.key, now)
 

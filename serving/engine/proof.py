@@ -1,0 +1,175 @@
+"""Proof that a slot holds the adapter that it is called after, before anybody is answered from it. Knows no tensors.
+
+Three proofs, each sharper than the one before: the slot applies the adapter's own numbers (checked where it is
+installed); the output on fixed tokens is not the base's (once for each adapter, one small pass, at most one a step);
+and the golden rows come out as they did in training. Golden rows ride in the ordinary batch, on cache rows that no
+sequence is given; whoever asked for the adapter waits meanwhile, all others go on.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from adapters.golden import GoldenRow
+from serving.engine.plan import Key, RowPlan, StepPlan, StepResult
+from serving.engine.request import Sampling, TokenLogprob
+
+if TYPE_CHECKING:  # what is decided here knows no tensors
+    from serving.engine.lora import HostAdapter
+
+_CONNECTION = -2  # no gateway's: the keys of golden rows
+_KEPT = 4096  # adapters that are remembered as proven; the one proven longest ago is proven anew
+_SCORED = Sampling(max_tokens=0, temperature=0.0, prompt_logprobs=1)
+
+
+class Prover(Protocol):
+    """What can be seen of a slot from outside of a step. spare_rows: cache rows that no sequence is ever given."""
+
+    @property
+    def spare_rows(self) -> Sequence[int]: ...
+
+    def applies(self, slot: int, adapter: HostAdapter) -> bool:
+        """Whether the slot gives what the adapter's own tensors give."""
+
+    def moves(self, slot: int, adapter: HostAdapter) -> bool:
+        """Whether the output on fixed tokens differs from the base's. Takes a small forward pass."""
+
+
+class NoProver:
+    """Believes everything, for engines whose runner holds no tensors."""
+
+    spare_rows: Sequence[int] = ()
+
+    def applies(self, slot: int, adapter: HostAdapter) -> bool:
+        return True
+
+    def moves(self, slot: int, adapter: HostAdapter) -> bool:
+        return True
+
+
+@dataclass(slots=True)
+class _Replay:
+    """A golden row to be replayed. row: the cache row it is computed in, None until one is free."""
+
+    digest: str
+    golden: GoldenRow
+    row: int | None = None
+    computed: int = 0
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return (*self.golden.prompt, *self.golden.expected[:-1])
+
+    def chunk(self, row: int, slot: int, most: int) -> RowPlan:
+        """The next tokens, scored where an expected token follows."""
+        start, expected = self.computed, self.golden.expected
+        tokens = self.tokens[start : start + most]
+        first = len(self.golden.prompt) - 1  # the position that the first expected token follows
+        skipped = min(max(0, first - start), len(tokens))
+        targets = expected[max(0, start - first) : max(0, start + len(tokens) - first)]
+        return RowPlan(
+            Key((_CONNECTION, row)), row, slot, start, tokens, False, _SCORED, 0, 0, targets=targets, skipped=skipped
+        )
+
+
+class Proofs:
+    """What is still to be proven of the adapters in the slots."""
+
+    def __init__(self, spare_rows: Sequence[int] = ()) -> None:
+        self._free = list(spare_rows)
+        self._replays: list[_Replay] = []
+        self._effects: dict[str, HostAdapter] = {}
+        self._proven: OrderedDict[str, int] = OrderedDict()  # digest -> how often it was
+        self._replayable = bool(spare_rows)
+
+    @property
+    def pending(self) -> frozenset[str]:
+        """Adapters from which nobody is answered yet."""
+        return frozenset([*self._effects, *(r.digest for r in self._replays)])
+
+    def installed(self, digest: str, adapter: HostAdapter) -> None:
+        """An adapter was put into a slot. The first time all of its rows are replayed, later one of them in turn."""
+        self.gone(digest)
+        before = self._proven.get(digest, 0)
+        if not before:
+            self._effects[digest] = adapter
+        golden = adapter.golden
+        if golden and self._replayable:
+            rows = [golden[before % len(golden)]] if before else golden
+            self._replays += [_Replay(digest, row) for row in rows]
+        self._settle(digest)
+
+    def gone(self, digest: str | None) -> None:
+        """An adapter is in no slot any more: nothing of it is to be proven."""
+        if digest is not None:
+            self._effects.pop(digest, None)
+        for replay in [r for r in self._replays if r.digest == digest]:
+            self._end(replay)
+
+    def doubted(self, digest: str) -> None:
+        """An adapter failed: all of it is to be proven when it comes again."""
+        self.gone(digest)
+        self._proven.pop(digest, None)
+
+    @property
+    def next_effect(self) -> tuple[str, HostAdapter] | None:
+        """The adapter whose effect is to be shown next."""
+        return next(iter(self._effects.items()), None)
+
+    def shown(self, digest: str) -> None:
+        """The output differs from the base's."""
+        del self._effects[digest]
+        self._settle(digest)
+
+    def rows(self, slot_of: Callable[[str], int], most: int) -> tuple[RowPlan, ...]:
+        """What rides in the next step, at most so many tokens (but one at least)."""
+        plans: list[RowPlan] = []
+        left = max(1, most)
+        for replay in self._replays:
+            if left < 1:
+                break
+            if replay.row is None:
+                if not self._free:
+                    continue
+                replay.row = self._free.pop(0)
+            plans.append(replay.chunk(replay.row, slot_of(replay.digest), left))
+            left -= plans[-1].length
+        return tuple(plans)
+
+    def settle(self, plan: StepPlan, result: StepResult) -> tuple[str, ...]:
+        """Book a step's outcome; the adapters whose rows came out otherwise."""
+        failed: dict[str, None] = {}
+        by_row = {replay.row: replay for replay in self._replays}
+        for row in plan.rows:
+            replay = by_row.get(row.row)
+            if row.key[0] != _CONNECTION or replay is None:
+                continue
+            replay.computed += row.length
+            scores = result.scores.get(row.row, ())
+            if row.row in result.sampled or not _as_expected(scores, len(row.targets), replay.golden.tolerance):
+                failed[replay.digest] = None
+            elif replay.computed >= len(replay.tokens):
+                self._end(replay)
+                self._settle(replay.digest)
+        return tuple(failed)
+
+    def _end(self, replay: _Replay) -> None:
+        self._replays.remove(replay)
+        if replay.row is not None:
+            self._free.append(replay.row)
+
+    def _settle(self, digest: str) -> None:
+        if digest in self.pending:
+            return
+        self._proven[digest] = self._proven.pop(digest, 0) + 1
+        if len(self._proven) > _KEPT:
+            self._proven.popitem(last=False)
+
+
+def _as_expected(scores: Sequence[TokenLogprob], count: int, tolerance: float) -> bool:
+    """Whether each of so many expected tokens is the likeliest, or within the tolerance of it. A gap that is no number
+    is none that is small enough."""
+    return len(scores) == count and all(score.top[0][1] - score.chosen <= tolerance for score in scores)

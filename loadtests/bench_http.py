@@ -70,11 +70,11 @@ def _measure(options: argparse.Namespace) -> Told:
     return told(base.name, figures, stalled, idle, left_out, like=engines[0].name)
 
 
-def start_server(home: Furnished, log: Path, threads: int | None) -> ServerProcess:
-    """`loraplane serve` on a furnished home, ready."""
+def start_server(home: Furnished, log: Path, threads: int | None, *options: str) -> ServerProcess:
+    """`loraplane serve` on a furnished home, ready. options: more of its own."""
     note("starting a server")
     more = [] if threads is None else ["--threads", str(threads)]
-    server = ServerProcess(home.home, log, "--base", home.base.name, "--max-model-len", str(CONTEXT), *more)
+    server = ServerProcess(home.home, log, "--base", home.base.name, "--max-model-len", str(CONTEXT), *more, *options)
     try:
         server.ready()
     except BaseException:

@@ -43,13 +43,18 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """How one request went. Times in seconds of one clock; pieces: when each piece of the answer came."""
+    """How one request went. Times in seconds of one clock; pieces: when each piece of the answer came.
+
+    cache: the tier in which its adapter lay, where the side tells. target: see Ask.
+    """
 
     begun: float
     pieces: tuple[float, ...]
     ended: float
     tokens: int
     prompt_tokens: int
+    cache: str | None = None
+    target: int = 0
 
     @property
     def ttft_s(self) -> float:
@@ -233,7 +238,9 @@ def stream(
     tokens = int(usage.get("completion_tokens", 0))
     if whole and (tokens != ask.max_tokens or not pieces):
         raise BenchFailed(f"{model} answered {tokens} tokens of {ask.max_tokens}: {lines[-1:]!r:.300}")
-    return Answered(begun, tuple(pieces), ended, tokens, int(usage.get("prompt_tokens", 0)))
+    cache = response.headers.get("x-adapter-cache")
+    prompt_tokens = int(usage.get("prompt_tokens", 0))
+    return Answered(begun, tuple(pieces), ended, tokens, prompt_tokens, cache, ask.target)
 
 
 def _read(lines: Sequence[tuple[float, bytes]]) -> tuple[list[float], Mapping[str, int]]:

@@ -44,7 +44,7 @@ class Goal:
         """A figure of this goal, for people."""
         if value is None:
             return "-"
-        return f"{value * 100:.1f} %" if self.unit == "%" else f"{value:.3g} {self.unit}"
+        return f"{value * 100:.1f} %" if self.unit == "%" else f"{value:.3g} {self.unit}".strip()
 
     def limit(self, value: float | None) -> str:
         """A limit of this goal, for people."""
@@ -88,8 +88,17 @@ _ALL = (
     Goal("G2.distinct", "decode in-process, 16 rows on 16 adapters / base alone", 0.70),
     Goal("G2.one", "decode in-process, 16 rows on one adapter / base alone", 0.88),
     Goal("G2.unused", "decode in-process, base rows, adapters resident but unused / LoRA disabled", 0.98),
+    Goal("G3", "2,000 adapters, uniform, tok/s to 5 of them / what their bytes allow", 0.97),
+    Goal("G3.host", "host memory of adapters, most seen / its budget", 1.0, at_most=True),
     Goal("G4.http", "base over HTTP, 16 clients / vLLM CPU", 2.0, 1.4),
     Goal("G4.static", "base in-process, 16 rows / transformers generate on a static batch", 1.5),
+    Goal("G5.idle", "first token of a cold 20 MB adapter on disk over a warm one, idle", 60.0, at_most=True, unit="ms"),
+    Goal("G5.load", "the same beside streams, less one step", 60.0, at_most=True, unit="ms"),
+    Goal("G5.streams", "p99 between tokens of streams, a cold load every 5 s / a warm one", 1.10, at_most=True),
+    Goal("G6.ttft", "median first token, adapters twice the slots, half the slots in flight / warm", 3.0, at_most=True),
+    Goal("G6.throughput", "tok/s, twice as many adapters in flight as slots / all of them in slots", 0.8),
+    Goal("G6.order", "requests that were overtaken for longer than the scheduler's patience allows", 0.0, at_most=True,
+         unit=""),
     Goal("G7.cost", "throughput lost to HTTP, data plane and Ray at 16 streams", 0.08, at_most=True, unit="%"),
     Goal("G7.ttft", "added time to the first token, median", 10.0, at_most=True, unit="ms"),
     Goal("G8.t5", "T5, 16 distinct adapters in a batch / PEFT adapter_names", 5.0),
@@ -99,7 +108,10 @@ _ALL = (
     Goal("G10.curve", "largest difference of the loss on the same batches", 0.01, at_most=True, unit="%"),
     Goal("G11.floor", "CUDA, 32 rows on 32 adapters: share of the step that its memory needs", 0.70),
     Goal("G11.cost", "CUDA, throughput lost to 32 distinct adapters", 0.10, at_most=True, unit="%"),
-)
+    Goal("W6.failed", "requests and flips that failed while a version flipped every 2 s", 0.0, at_most=True, unit=""),
+    Goal("W6.wrong", "answers of wrong weights meanwhile, by name or by text", 0.0, at_most=True, unit=""),
+    Goal("W7", "p99 first token of quiet adapters, one at ten times their rate / all alike", 2.0, at_most=True),
+)  # fmt: skip
 GOALS: Mapping[str, Goal] = {goal.id: goal for goal in _ALL}
 
 

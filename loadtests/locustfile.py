@@ -8,6 +8,7 @@ pieces of an answer, ms) and tok/s (a rate, not a time). Run it through `python 
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import os
@@ -16,12 +17,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gevent
+import gevent.event
 import requests
 from locust import HttpUser, constant, events, task
 from locust.exception import StopUser
 
-from loadtests.profiles import Ask, Asker, targets_of
+from adapters.records import parse_model_id
+from loadtests.profiles import Ask, Asker, Plan, Planned, targets_of
 from loadtests.sse import Answer, Problem, StreamCheck, Violation
 from loadtests.truth import Truth
 
@@ -31,7 +33,11 @@ _FETCH_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one request came to. Times in ms. named: the version that answered; unfinished: the test ended first."""
+    """What one request came to. Times in ms. named: the version that answered; unfinished: the test ended first.
+
+    asked_at: of the machine's monotonic clock; late_ms: how long after its time it was asked, since all callers were
+    busy; prompt: which one of a plan; cache: the tier that the server says the adapter lay in.
+    """
 
     model: str
     path: str
@@ -44,20 +50,44 @@ class Sample:
     digest_checked: bool
     violations: tuple[str, ...]
     unfinished: bool = False
+    asked_at: float = 0.0
+    late_ms: float = 0.0
+    prompt: int = -1
+    cache: str | None = None
+    digest: str | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """When one request was made, see Sample."""
+
+    at: float
+    late_ms: float
+    prompt: int
 
 
 @dataclass
 class Run:
-    """One load test: what is asked, what came of it. Made at locust's start, written to `result` at its end."""
+    """One load test: what is asked, what came of it. Made at locust's start, written to `result` at its end.
+
+    plan: None where callers draw what they ask; else they take its items in turn, and the test ends after the last.
+    """
 
     seed: int
     exponent: float
     max_tokens: int
     models: list[str]
     result: str
+    plan: Plan | None = None
     samples: list[Sample] = field(default_factory=list)
     users: itertools.count[int] = field(default_factory=itertools.count)
     started: float = field(default_factory=time.monotonic)
+    left: collections.deque[Planned] = field(default_factory=collections.deque)
+    ready: gevent.event.Event = field(default_factory=gevent.event.Event)
+
+    def __post_init__(self) -> None:
+        self.left.extend(self.plan.items if self.plan else ())
 
     def clock(self) -> float:
         """Seconds since the test began."""
@@ -75,6 +105,7 @@ def _arguments(parser: Any, **_: Any) -> None:
     parser.add_argument("--zipf", type=float, default=1.0, help="Exponent of the models' popularity; 0: all alike.")
     parser.add_argument("--max-tokens", type=int, default=32, help="Longest answer.")
     parser.add_argument("--models", default="", help="Comma-separated ids; default: all of GET /v1/models.")
+    parser.add_argument("--plan", default="", help="File with the requests to make, in place of drawn ones.")
     parser.add_argument("--result", default="", help="File for one JSON object a request.")
 
 
@@ -82,7 +113,14 @@ def _arguments(parser: Any, **_: Any) -> None:
 def _begin(environment: Any, **_: Any) -> None:
     options = environment.parsed_options
     models = [m for m in options.models.split(",") if m]
-    environment.load_run = Run(options.seed, options.zipf, options.max_tokens, models, options.result)
+    plan = Plan.read(Path(options.plan)) if options.plan else None
+    environment.load_run = run = Run(options.seed, options.zipf, options.max_tokens, models, options.result, plan)
+
+    def begin(**_: Any) -> None:
+        run.started = time.monotonic()
+        run.ready.set()
+
+    environment.events.spawning_complete.add_listener(begin)
 
 
 @events.quitting.add_listener  # type: ignore[untyped-decorator]  # locust is read without types
@@ -106,6 +144,11 @@ class StreamUser(HttpUser):  # type: ignore[misc]
         self._side = requests.Session()
         self._side.trust_env = False
         self._side.headers.update({k: v for k, v in self.client.headers.items() if k == "Authorization"})
+        if run.plan is not None:
+            known = {parse_model_id(id_): digest for id_, digest in run.plan.digests.items()}
+            digests = {(id_.name, id_.number): digest for id_, digest in known.items() if id_.number is not None}
+            self._truth = Truth(self._fetch, run.plan.base_digest, digests)
+            return
         models = self._fetch("/v1/models")
         targets = [t for t in targets_of(models) if not run.models or t.id in run.models]
         self._truth = Truth(self._fetch, models["data"][0]["base_digest"])
@@ -115,9 +158,26 @@ class StreamUser(HttpUser):  # type: ignore[misc]
 
     @task  # type: ignore[untyped-decorator]  # locust is read without types
     def stream(self) -> None:
-        """Ask, read to the end, check, report."""
-        ask = self._asker.next()
+        """Ask what comes next, read to the end, check, report."""
+        run: Run = self.environment.load_run
+        if run.plan is None:
+            self._stream(self._asker.next())
+            return
+        run.ready.wait()
+        if not run.left:
+            raise StopUser
+        item = run.left.popleft()
+        late_s = 0.0
+        if item.at_s is not None:
+            gevent.sleep(max(0.0, item.at_s - run.clock()))
+            late_s = max(0.0, run.clock() - item.at_s)
+        self._stream(run.plan.ask(item), late_s * 1000, item.prompt)
+        if len(run.samples) >= len(run.plan.items):
+            self.environment.runner.quit()
+
+    def _stream(self, ask: Ask, late_ms: float = 0.0, prompt: int = -1) -> None:
         before = self._truth.before(ask.target)
+        asked = Asked(time.monotonic(), late_ms, prompt)
         check = StreamCheck(ask.max_tokens, time.perf_counter)
         with self.client.post(
             ask.path,
@@ -130,7 +190,7 @@ class StreamUser(HttpUser):  # type: ignore[misc]
             try:
                 self._read(response, check)
             except gevent.GreenletExit:
-                self._note(ask, check.end(), False, (), unfinished=True)
+                self._note(ask, asked, check.end(), False, (), unfinished=True)
                 raise
             answer = check.end()
             violations = answer.violations
@@ -142,7 +202,8 @@ class StreamUser(HttpUser):  # type: ignore[misc]
                 response.failure("; ".join(v.problem.value for v in violations))
             else:
                 response.success()
-        self._note(ask, answer, answer.named is not None, violations)
+            cache = response.headers.get("x-adapter-cache") if response.headers else None
+        self._note(ask, asked, answer, answer.named is not None, violations, cache=cache)
         if not violations:
             self._measure(ask.target.id, answer)
 
@@ -192,7 +253,15 @@ class StreamUser(HttpUser):  # type: ignore[misc]
                 )
 
     def _note(
-        self, ask: Ask, answer: Answer, checked: bool, violations: tuple[Violation, ...], unfinished: bool = False
+        self,
+        ask: Ask,
+        asked: Asked,
+        answer: Answer,
+        checked: bool,
+        violations: tuple[Violation, ...],
+        *,
+        unfinished: bool = False,
+        cache: str | None = None,
     ) -> None:
         run: Run = self.environment.load_run
         run.samples.append(
@@ -208,5 +277,11 @@ class StreamUser(HttpUser):  # type: ignore[misc]
                 digest_checked=checked and not unfinished,
                 violations=tuple(map(str, violations)),
                 unfinished=unfinished,
+                asked_at=asked.at,
+                late_ms=asked.late_ms,
+                prompt=asked.prompt,
+                cache=cache,
+                digest=answer.named.digest if answer.named else None,
+                text=answer.text if asked.prompt >= 0 else "",
             )
         )

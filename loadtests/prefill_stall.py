@@ -62,7 +62,7 @@ def measure(
 
     Quiet and busy windows alternate within the same streams, so that both see like contexts. Raises BenchFailed.
     """
-    streams = _Streams(side, prompter, targets, context)
+    streams = Streams(side, prompter, targets, context)
     quiet: list[tuple[float, float]] = []
     busy: list[tuple[float, float]] = []
     longs: list[tuple[float, int]] = []
@@ -89,7 +89,7 @@ def stall(
 
     A gap belongs to the window in which it lies as a whole. longs: (time to first token in s, prompt tokens).
     """
-    calm, rough = _gaps_ms(times, quiet), _gaps_ms(times, busy)
+    calm, rough = gaps_ms(times, quiet), gaps_ms(times, busy)
     if not calm or not rough or not longs:
         raise BenchFailed("too few tokens came to tell what long prompts do; measure for longer")
     return Stall(
@@ -106,7 +106,8 @@ def stall(
     )
 
 
-def _gaps_ms(times: Sequence[Sequence[float]], windows: Sequence[tuple[float, float]]) -> list[float]:
+def gaps_ms(times: Sequence[Sequence[float]], windows: Sequence[tuple[float, float]]) -> list[float]:
+    """Every gap between tokens, in ms, that lies within one of the windows as a whole."""
     found = []
     for one in times:
         for begin, end in windows:
@@ -138,7 +139,7 @@ def _long_prompts(side: HttpSide, prompter: Prompter, until: float) -> list[tupl
     return found
 
 
-class _Streams:
+class Streams:
     """Clients that read answers for as long as they are let, each on a thread. times: when their tokens came."""
 
     def __init__(self, side: HttpSide, prompter: Prompter, targets: Sequence[int], context: int) -> None:

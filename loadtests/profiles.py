@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from adapters.records import CHAMPION, parse_model_id
+from adapters.records import BASE_ID, CHAMPION, parse_model_id
+
+_RESERVED = 64  # token ids that no drawn prompt holds
 
 # Short functions, as the adapters of examples/ were trained on, and questions for the base.
 PROMPTS = (
@@ -34,14 +38,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. chat: which of the two routes."""
+    """One request. chat: which of the two routes. prompt: a text, or token ids on the route that takes them."""
 
     target: Target
     chat: bool
-    prompt: str
+    prompt: str | Sequence[int]
     max_tokens: int
     seed: int
     ignore_eos: bool
+    temperature: float = 0.7
 
     @property
     def path(self) -> str:
@@ -56,7 +61,7 @@ class Ask:
             "model": self.target.id,
             **content,
             "max_tokens": self.max_tokens,
-            "temperature": 0.7,
+            "temperature": self.temperature,
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
             "stream": True,
@@ -64,16 +69,21 @@ class Ask:
         }
 
 
+def target_of(id_: str, *, base: bool = False) -> Target:
+    """What a model id asks for. base: it names the base, under whatever name."""
+    if base:
+        return Target(id_)
+    parsed = parse_model_id(id_)
+    alias = None if parsed.number is not None else parsed.alias or CHAMPION
+    return Target(id_, parsed.name, parsed.number, alias)
+
+
 def targets_of(models: Mapping[str, Any]) -> list[Target]:
     """The targets that GET /v1/models lists: base, names, aliases, versions. The base's own name comes last."""
     bases, found = [], []
     for model in models["data"]:
-        if model["adapter"] is None:
-            bases.append(Target(model["id"]))
-            continue
-        parsed = parse_model_id(model["id"])
-        alias = None if parsed.number is not None else parsed.alias or CHAMPION
-        found.append(Target(model["id"], parsed.name, parsed.number, alias))
+        target = target_of(model["id"], base=model["adapter"] is None)
+        (bases if target.name is None else found).append(target)
     return [*bases[:1], *found, *bases[1:]]
 
 
@@ -100,3 +110,52 @@ class Asker:
             seed=self._random.randrange(1 << 31),
             ignore_eos=self._random.random() < 0.5,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One request of a plan. at_s: when it comes, from the start; None as soon as a caller is free.
+
+    prompt: which one of the plan's. Equal numbers are equal prompts.
+    """
+
+    at_s: float | None
+    model: str
+    prompt: int
+    prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that callers ask in one run, decided beforehand, and what they must know to judge the answers.
+
+    salt: makes its prompts other than those of another plan. digests: of the versions that it pins.
+    """
+
+    base_digest: str
+    vocabulary: int
+    salt: str
+    digests: Mapping[str, str]
+    items: Sequence[Planned]
+
+    def ask(self, item: Planned) -> Ask:
+        """The request of an item: greedy and of full length, so that equal weights give equal texts."""
+        rng = random.Random(f"{self.salt}:{item.prompt}")
+        # Ordinary words: what a tokenizer keeps for itself comes first in its vocabulary.
+        words = range(min(_RESERVED, self.vocabulary // 4), self.vocabulary)
+        prompt = rng.choices(words, k=item.prompt_tokens)
+        target = target_of(item.model, base=item.model == BASE_ID)
+        return Ask(target, False, prompt, item.max_tokens, 0, ignore_eos=True, temperature=0.0)
+
+    def write(self, path: Path) -> None:
+        """Leave it where locust reads it."""
+        rows = [[i.at_s, i.model, i.prompt, i.prompt_tokens, i.max_tokens] for i in self.items]
+        told = {"base_digest": self.base_digest, "vocabulary": self.vocabulary, "salt": self.salt}
+        path.write_text(json.dumps({**told, "digests": dict(self.digests), "items": rows}), encoding="utf-8")
+
+    @staticmethod
+    def read(path: Path) -> Plan:
+        """What `write` left."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Plan(**{**found, "items": [Planned(*row) for row in found["items"]]})

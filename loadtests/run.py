@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from adapters.home import Home
 from loadtests.figures import Outcome, outcome, show
@@ -69,14 +70,26 @@ def load(
     models: str = "",
 ) -> Outcome:
     """Run locust headless against `url`. models: comma-separated ids, empty for all. Raises LoadTestFailed."""
+    asked = ["--seed", str(seed), "--zipf", str(exponent), "--max-tokens", str(max_tokens)]
+    samples, code = drive(url, users, seconds, [*asked, *(["--models", models] if models else [])])
+    found = outcome(samples, url, users)
+    if found.good and code:
+        # Its own count and ours must not part: a failure that we have no name for is a failure.
+        raise LoadTestFailed("locust counted failures that the checks did not")
+    return found
+
+
+def drive(url: str, users: int, seconds: float, options: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+    """What locust's users came to, and its exit code. options: of the locustfile. Raises LoadTestFailed.
+
+    seconds: after which nothing more is asked; what is under way then may end.
+    """
     with tempfile.TemporaryDirectory(prefix="loraplane-load-") as folder:
         result, log = Path(folder) / "samples.json", Path(folder) / "locust.log"
         command = [
             sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE), "--headless", "--only-summary",
             "--host", url, "--users", str(users), "--spawn-rate", str(users), "--run-time", f"{seconds:g}s",
-            "--stop-timeout", str(_STOP_TIMEOUT_S), "--loglevel", "WARNING",
-            "--seed", str(seed), "--zipf", str(exponent), "--max-tokens", str(max_tokens), "--result", str(result),
-            *(["--models", models] if models else []),
+            "--stop-timeout", str(_STOP_TIMEOUT_S), "--loglevel", "WARNING", *options, "--result", str(result),
         ]  # fmt: skip
         # locust imports the file by its path; its own imports of this package need the folder above it.
         with (
@@ -98,11 +111,8 @@ def load(
                 raise LoadTestFailed(f"locust did not end; {_tail(log)}") from None
         if code not in (0, _LOCUST_FAILED_REQUESTS) or not result.is_file():
             raise LoadTestFailed(f"locust ended with code {code}; {_tail(log)}")
-        found = outcome(json.loads(result.read_text(encoding="utf-8")), url, users)
-        if found.good and code:
-            # Its own count and ours must not part: a failure that we have no name for is a failure.
-            raise LoadTestFailed(f"locust counted failures that the checks did not; {_tail(log)}")
-        return found
+        samples: list[dict[str, Any]] = json.loads(result.read_text(encoding="utf-8"))
+        return samples, code
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ class Problem(StrEnum):
     WRONG_DIGEST = "wrong_digest"  # the right version's name, other weights
     WRONG_BASE = "wrong_base"
     REGISTRY_SILENT = "registry_silent"  # the registry did not say what the weights should be
+    WRONG_CONTENT = "wrong_content"  # other words than the same weights have for the same prompt
     STALE_ALIAS = "stale_alias"  # a version that was not behind the alias at any moment of the request
 
 

@@ -25,6 +25,7 @@ from starlette.routing import Route
 BASE_DIGEST = "b" * 64
 NAME = "summarize"
 _STARTED_WITHIN_S = 10.0
+_ODD = 5  # every fifth answer has other words, where that is the lie
 
 
 class Lie(StrEnum):
@@ -49,6 +50,7 @@ class Lie(StrEnum):
     BASE_ANSWERS = "base_answers"  # the base in place of an adapter
     HEADERS_DISAGREE = "headers_disagree"
     STALE_ALIAS = "stale_alias"  # a name is answered by a version that is champion no more
+    WRONG_CONTENT = "wrong_content"  # now and then other words, under the right name and digest
     REGISTRY_DOWN = "registry_down"
 
 
@@ -61,7 +63,7 @@ def digest_of(number: int) -> str:
 class Stub:
     """One base and one adapter with `versions` versions, of which `champion` is live. lie: what it does wrong.
 
-    flips: how often the champion moved; `move` moves it. gap_s: between tokens.
+    flips: how often the champion moved; `move` moves it, `publish` adds a version. gap_s: between tokens.
     """
 
     lie: Lie = Lie.NONE
@@ -80,6 +82,11 @@ class Stub:
         """Make a version the champion."""
         self.champion = number
         self.moves.append({"alias": "champion", "to_number": number, "generation": len(self.moves) + 1})
+
+    def publish(self) -> int:
+        """The number of a new version, which nobody points at yet."""
+        self.versions += 1
+        return self.versions
 
     def app(self) -> Starlette:
         """The routes that a load tester asks."""
@@ -143,6 +150,7 @@ class Stub:
 
     async def _stream(self, number: int | None, max_tokens: int, chat: bool) -> AsyncIterator[bytes]:
         half = max(1, max_tokens // 2)
+        word = "x" if self.lie is Lie.WRONG_CONTENT and self.asked % _ODD == 0 else "w"
         for i in range(max_tokens):
             await asyncio.sleep(self.gap_s)
             if i >= half:
@@ -156,7 +164,7 @@ class Stub:
                     break
             last = i == max_tokens - 1 or (self.lie is Lie.CUT_SHORT and i + 1 >= half)
             finish = "length" if last and self.lie is not Lie.SILENT_END else None
-            yield _event({**self._named(number, i), "choices": [_choice(chat, f"w{i} ", finish)]})
+            yield _event({**self._named(number, i), "choices": [_choice(chat, f"{word}{i} ", finish)]})
             if last:
                 break
         if self.lie is Lie.AFTER_FINISH:

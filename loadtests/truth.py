@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,15 @@ class Truth:
     """Judges the weights that answers name. `get` fetches a path of the server as JSON.
 
     A pinned version's digest is read once: versions are immutable. A moving id is looked up before each request; only
-    when the answer names another version is the history asked what the alias was meanwhile.
+    when the answer names another version is the history asked what the alias was meanwhile. digests: of versions that
+    the caller knows already, from their publisher.
     """
 
-    def __init__(self, get: Callable[[str], Any], base_digest: str) -> None:
+    def __init__(
+        self, get: Callable[[str], Any], base_digest: str, digests: Mapping[tuple[str, int], str] | None = None
+    ) -> None:
         self._get, self._base_digest = get, base_digest
-        self._digests: dict[tuple[str, int], str] = {}
+        self._digests = dict(digests or {})
         self.checked = 0
 
     def before(self, target: Target) -> Before:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from adapters.errors import BaseMissing
-from loadtests import bench_engine, bench_http, bench_peers, bench_train
+from loadtests import bench_engine, bench_http, bench_peers, bench_swap, bench_train, scenarios
 from loadtests.bench_shell import BenchFailed, Table, Told, aside, parser, run
 from loadtests.goals import GOALS, Goal, Word, all_good, ratio, verdicts
 from loadtests.machine import described, machine
@@ -28,6 +28,11 @@ from loadtests.machine import described, machine
         ("G9", 2.0, Word.REACHED),
         ("G9", 2.1, Word.NOT_DONE),
         ("G8.t5", None, Word.UNKNOWN),
+        ("G3", 0.96, Word.NOT_DONE),
+        ("G5.idle", -1.0, Word.REACHED),
+        ("G5.streams", 1.11, Word.NOT_DONE),
+        ("W6.wrong", 0.0, Word.REACHED),
+        ("W6.wrong", 1.0, Word.NOT_DONE),
     ],
 )
 def test_a_figure_gets_the_verdict_of_its_goal(goal: str, reached: float | None, word: Word) -> None:
@@ -38,10 +43,14 @@ def test_the_targets_are_those_that_were_set() -> None:
     assert {g.id: (g.target, g.bound) for g in GOALS.values() if not g.id.startswith("G11")} == {
         "G1.http": (5.0, 3.5), "G1.mixed": (10.0, 7.0), "G1.serial": (25.0, 14.0),
         "G2.distinct": (0.70, None), "G2.one": (0.88, None), "G2.unused": (0.98, None),
+        "G3": (0.97, None), "G3.host": (1.0, None),
         "G4.http": (2.0, 1.4), "G4.static": (1.5, None),
+        "G5.idle": (60.0, None), "G5.load": (60.0, None), "G5.streams": (1.1, None),
+        "G6.ttft": (3.0, None), "G6.throughput": (0.8, None), "G6.order": (0.0, None),
         "G7.cost": (0.08, None), "G7.ttft": (10.0, None),
         "G8.t5": (5.0, None), "G8.bart": (5.0, None), "G9": (2.0, None),
         "G10": (1.5, None), "G10.curve": (0.01, None),
+        "W6.failed": (0.0, None), "W6.wrong": (0.0, None), "W7": (2.0, None),
     }  # fmt: skip
 
 
@@ -121,14 +130,14 @@ def test_what_cannot_be_measured_is_told_in_one_line(
     assert (captured.out, captured.err.strip()) == ("", said)
 
 
-@pytest.mark.parametrize("bench", [bench_engine, bench_http, bench_peers, bench_train])
+@pytest.mark.parametrize("bench", [bench_engine, bench_http, bench_peers, bench_swap, bench_train, scenarios])
 def test_help_has_an_example_and_what_all_benches_have(bench: object, capsys: pytest.CaptureFixture[str]) -> None:
     main: Callable[[list[str]], int] = bench.main  # type: ignore[attr-defined]
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     said = capsys.readouterr().out
     assert ended.value.code == 0
-    assert "Example: python -m loadtests.bench_" in said
+    assert "Example: python -m loadtests." in said
     assert all(word in said for word in ("--short", "--json", "--strict", "--threads", "--base"))
 
 

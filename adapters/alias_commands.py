@@ -33,13 +33,17 @@ def promote(
     force: Annotated[bool, typer.Option("--force", help="Overrule the gate; needs --reason, and is recorded.")] = False,
     reason: ReasonOption = "",
     expect: ExpectOption = "any",
+    warm: Annotated[
+        bool, typer.Option("--warm/--no-warm", help="Have the running server load the version before the alias moves.")
+    ] = True,
     home: HomeOption = None,
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a version the champion: requests for the bare name get it from now on.
 
-    The adapter's gate policy must pass. Running requests keep the version they began with.
+    The adapter's gate policy must pass. A running server loads the version first, and moves nothing when it cannot.
+    Running requests keep the version they began with; the version before stays loaded for a while.
 
     Example: loraplane promote summarize@3 --reason "better on names"
     """
@@ -49,7 +53,7 @@ def promote(
     expected = expected_of(expect)
     with opened(home, url) as door:
         before = _generation(door, name)
-        move = door.promote(name, number, reason=reason or _PROMOTED, force=force, expected=expected)
+        move = door.promote(name, number, reason=reason or _PROMOTED, force=force, expected=expected, warm=warm)
     _tell(move, before, as_json)
 
 
@@ -80,7 +84,7 @@ def history(
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Every move of the adapter's aliases: when, who, from where to where, and why.
+    """Every move of the adapter's aliases, and what was decreed on its versions: when, who, from where to where, why.
 
     Example: loraplane history summarize --json
     """
@@ -96,7 +100,7 @@ def history(
             (
                 when(m.at),
                 m.who,
-                m.alias,
+                m.alias or "-",
                 m.action.value,
                 "-" if m.from_number is None else str(m.from_number),
                 str(m.to_number),

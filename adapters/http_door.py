@@ -28,7 +28,19 @@ from adapters.errors import (
 from adapters.golden import golden_file
 from adapters.prompts import prompt_format_to_json
 from adapters.publish import CONFIG_FILE, FORMAT_FILE, WEIGHTS_FILE, Manifest, manifest_of
-from adapters.records import AdapterSummary, AdapterVersion, AliasRecord, BaseRecord, Move, PromptFormat
+from adapters.records import (
+    AdapterSummary,
+    AdapterVersion,
+    AliasRecord,
+    BaseRecord,
+    Fallback,
+    InFlight,
+    Move,
+    PromptFormat,
+    Residency,
+    Standing,
+    Withdrawal,
+)
 from adapters.registry_door import Expected, adapter_files
 from adapters.reports import GatePolicy, Report
 from adapters.strict_json import canonical
@@ -40,8 +52,11 @@ from adapters.wire import (
     policy_from_json,
     policy_to_json,
     report_from_wire,
+    residency_from_json,
+    standing_from_json,
     summary_from_json,
     version_from_json,
+    withdrawal_from_json,
 )
 
 CONNECT_TIMEOUT_S = 5.0
@@ -112,9 +127,16 @@ class HttpDoor:
         return alias_from_json(self._send("PUT", f"/v1/adapters/{name}/aliases/{alias}", body))
 
     def promote(
-        self, name: str, number: int, *, reason: str = "", force: bool = False, expected: Expected = "any"
+        self,
+        name: str,
+        number: int,
+        *,
+        reason: str = "",
+        force: bool = False,
+        expected: Expected = "any",
+        warm: bool = True,
     ) -> Move:
-        body = {"version": number, "reason": reason, "force": force, **_expected(expected)}
+        body = {"version": number, "reason": reason, "force": force, "warm": warm, **_expected(expected)}
         return move_from_json(self._send("POST", f"/v1/adapters/{name}/promote", body))
 
     def rollback(self, name: str, *, reason: str, to: int | None = None) -> Move:
@@ -123,6 +145,27 @@ class HttpDoor:
 
     def history(self, name: str) -> Sequence[Move]:
         return [move_from_json(item) for item in page_items(self._get(f"/v1/adapters/{name}/history"))]
+
+    def set_fallback(self, name: str, alias: str, fallback: Fallback, *, reason: str = "") -> AliasRecord:
+        body = {"policy": fallback.value, "reason": reason}
+        return alias_from_json(self._send("PUT", f"/v1/adapters/{name}/aliases/{alias}/fallback", body))
+
+    def retire(self, name: str, number: int, *, reason: str = "", deadline_s: float | None = None) -> Withdrawal:
+        body = {"reason": reason, "deadline_s": deadline_s}
+        return withdrawal_from_json(self._send("POST", _version(name, number, "retire"), body))
+
+    def revoke(self, name: str, number: int, *, reason: str, in_flight: InFlight) -> Withdrawal:
+        body = {"reason": reason, "in_flight": in_flight.value}
+        return withdrawal_from_json(self._send("POST", _version(name, number, "revoke"), body))
+
+    def restore(self, name: str, number: int, *, reason: str) -> Standing:
+        return standing_from_json(self._send("POST", _version(name, number, "restore"), {"reason": reason}))
+
+    def warm(self, name: str, number: int, ttl_s: float) -> Residency:
+        return residency_from_json(self._send("POST", _version(name, number, "warm"), {"ttl_s": ttl_s}))
+
+    def pin(self, name: str, number: int, on: bool) -> Residency:
+        return residency_from_json(self._json(self._request("PUT" if on else "DELETE", _version(name, number, "pin"))))
 
     def pull(self, name: str, number: int, into: Path, *, original: bool = False) -> Path:
         version = next((v for v in self.adapter(name).versions if v.number == number), None)
@@ -307,6 +350,10 @@ def _seconds(text: str | None) -> float | None:
         return None if text is None else float(text)
     except ValueError:
         return None
+
+
+def _version(name: str, number: int, what: str) -> str:
+    return f"/v1/adapters/{name}/versions/{number}/{what}"
 
 
 def _expected(expected: Expected) -> dict[str, object]:

@@ -246,7 +246,8 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class Withdrawal:
-    """A version taken out of service: what was decreed, and what it freed. None: no engine was there to ask."""
+    """A version taken out of service: what was decreed, and what that freed. None: nothing yet, for answers still run,
+    no engine can say, or another version in service has the same bytes."""
 
     standing: Standing
     residency: Residency | None

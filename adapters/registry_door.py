@@ -13,12 +13,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
-from adapters.errors import AdapterRefused, Reason
+from adapters.errors import AdapterRefused, Reason, ServerUnreachable
 from adapters.golden import GOLDEN_FILE
 from adapters.home import Home
 from adapters.prompts import prompt_format_from_json
 from adapters.publish import CONFIG_FILE, FORMAT_FILE, WEIGHTS_FILE
-from adapters.records import AdapterSummary, AdapterVersion, AliasRecord, BaseRecord, Move, PromptFormat
+from adapters.records import (
+    AdapterSummary,
+    AdapterVersion,
+    AliasRecord,
+    BaseRecord,
+    Fallback,
+    InFlight,
+    Move,
+    PromptFormat,
+    Residency,
+    Standing,
+    Withdrawal,
+)
 from adapters.reports import GatePolicy, Report
 
 if TYPE_CHECKING:
@@ -66,13 +78,41 @@ class RegistryDoor(Protocol):
         """Point an alias at a version. `champion` moves by `promote` and `rollback` only."""
 
     def promote(
-        self, name: str, number: int, *, reason: str = "", force: bool = False, expected: Expected = "any"
+        self,
+        name: str,
+        number: int,
+        *,
+        reason: str = "",
+        force: bool = False,
+        expected: Expected = "any",
+        warm: bool = True,
     ) -> Move:
-        """Make a version the champion, if the gate allows it or `force` overrules it with a reason."""
+        """Make a version the champion, if the gate allows it or `force` overrules it with a reason.
+
+        warm: a server has the version ready first, and moves nothing when it cannot.
+        """
 
     def rollback(self, name: str, *, reason: str, to: int | None = None) -> Move: ...
 
     def history(self, name: str) -> Sequence[Move]: ...
+
+    def set_fallback(self, name: str, alias: str, fallback: Fallback, *, reason: str = "") -> AliasRecord:
+        """Say who answers for an alias while its version is set aside."""
+
+    def retire(self, name: str, number: int, *, reason: str = "", deadline_s: float | None = None) -> Withdrawal:
+        """Hide a version; a server also lets what runs finish within the deadline, and frees its bytes."""
+
+    def revoke(self, name: str, number: int, *, reason: str, in_flight: InFlight) -> Withdrawal:
+        """Refuse a version's bytes under every name."""
+
+    def restore(self, name: str, number: int, *, reason: str) -> Standing:
+        """Bring a retired or revoked version back."""
+
+    def warm(self, name: str, number: int, ttl_s: float) -> Residency:
+        """Have a version ready on the running server. Raises ServerUnreachable where none runs."""
+
+    def pin(self, name: str, number: int, on: bool) -> Residency:
+        """Keep a version in a slot of the running server, or no longer. Raises ServerUnreachable where none runs."""
 
     def pull(self, name: str, number: int, into: Path, *, original: bool = False) -> Path:
         """Write a version's files into a folder: the canonical ones, or with `original` the bytes as published."""
@@ -143,7 +183,14 @@ class LocalDoor:
         return self.registry.set_alias(name, alias, number, who=self._who, reason=reason, expected_version=expected)
 
     def promote(
-        self, name: str, number: int, *, reason: str = "", force: bool = False, expected: Expected = "any"
+        self,
+        name: str,
+        number: int,
+        *,
+        reason: str = "",
+        force: bool = False,
+        expected: Expected = "any",
+        warm: bool = True,
     ) -> Move:
         return self.registry.promote(name, number, who=self._who, reason=reason, force=force, expected_version=expected)
 
@@ -152,6 +199,31 @@ class LocalDoor:
 
     def history(self, name: str) -> Sequence[Move]:
         return self.registry.history(name)
+
+    def set_fallback(self, name: str, alias: str, fallback: Fallback, *, reason: str = "") -> AliasRecord:
+        return self.registry.set_fallback(name, alias, fallback, who=self._who, reason=reason)
+
+    def retire(self, name: str, number: int, *, reason: str = "", deadline_s: float | None = None) -> Withdrawal:
+        return Withdrawal(self.registry.standings.retire(name, number, who=self._who, reason=reason), None)
+
+    def revoke(self, name: str, number: int, *, reason: str, in_flight: InFlight) -> Withdrawal:
+        standings = self.registry.standings
+        return Withdrawal(standings.revoke(name, number, who=self._who, reason=reason, in_flight=in_flight), None)
+
+    def restore(self, name: str, number: int, *, reason: str) -> Standing:
+        return self.registry.standings.restore(name, number, who=self._who, reason=reason)
+
+    def warm(self, name: str, number: int, ttl_s: float) -> Residency:
+        raise self._no_server("warm")
+
+    def pin(self, name: str, number: int, on: bool) -> Residency:
+        raise self._no_server("pin" if on else "unpin")
+
+    def _no_server(self, what: str) -> ServerUnreachable:
+        return ServerUnreachable(
+            f"no server holds {self.where}, and {what} is about a running one; start it (loraplane serve), or name one "
+            f"with --url"
+        )
 
     def pull(self, name: str, number: int, into: Path, *, original: bool = False) -> Path:
         self.registry.export(name, number, into, original=original)

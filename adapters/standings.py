@@ -26,12 +26,12 @@ class Decrees:
     """What engines and gateways must follow now.
 
     revoked: the versions whose digests nobody may be served. unwanted: digests that no version in service has any
-    more, so that their bytes may go; revoked ones are among them. pinned: digests that stay in a slot.
+    more, so that their bytes may go; revoked ones are among them. pinned: the versions that stay in a slot.
     """
 
     revoked: tuple[Standing, ...] = ()
     unwanted: frozenset[str] = frozenset()
-    pinned: frozenset[str] = frozenset()
+    pinned: tuple[Standing, ...] = ()
 
 
 class Standings:
@@ -100,7 +100,7 @@ class Standings:
             gone = {s.digest for s in found if s.state is not VersionState.LIVE}
             wanted = self._still_wanted(connection, gone, found) if gone else frozenset()
         barred = {s.digest for s in revoked}
-        return Decrees(revoked, frozenset((gone - wanted) | barred), frozenset(s.digest for s in found if s.pinned))
+        return Decrees(revoked, frozenset((gone - wanted) | barred), tuple(s for s in found if s.pinned))
 
     def refuse_withdrawn(self, connection: sa.Connection, version: AdapterVersion) -> None:
         """Raise VersionRevoked or VersionRetired unless the version is in service."""

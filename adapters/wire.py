@@ -1,7 +1,8 @@
 """Records as JSON and back: the one translation that the command line (`--json`) and HTTP share.
 
 Every object says what it is in `object`, in the manner of the OpenAI lists: base, adapter, adapter.version,
-adapter.alias, adapter.move, adapter.policy, adapter.report, adapter.decision, list. Times are ISO 8601 in UTC.
+adapter.alias, adapter.move, adapter.standing, adapter.residency, adapter.withdrawal, adapter.policy, adapter.report,
+adapter.decision, list. Times are ISO 8601 in UTC.
 Reading ignores keys it does not know, so that an older client understands a newer server.
 """
 
@@ -17,7 +18,16 @@ from typing import Any, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 
 from adapters.errors import InvalidRequest
-from adapters.records import AdapterSummary, AdapterVersion, AliasRecord, BaseRecord, Move
+from adapters.records import (
+    AdapterSummary,
+    AdapterVersion,
+    AliasRecord,
+    BaseRecord,
+    Move,
+    Residency,
+    Standing,
+    Withdrawal,
+)
 from adapters.reports import Decision, GatePolicy, Report, report_from_json
 
 Json = dict[str, Any]
@@ -69,11 +79,42 @@ def summary_to_json(summary: AdapterSummary) -> Json:
         "champion": summary.champion,
         "aliases": [alias_to_json(a) for a in summary.aliases],
         "versions": [version_to_json(v) for v in summary.versions],
+        "standings": [standing_to_json(s) for s in summary.standings],
     }
 
 
 def summary_from_json(raw: object) -> AdapterSummary:
     return _read(AdapterSummary, raw)
+
+
+def standing_to_json(standing: Standing) -> Json:
+    return {"object": "adapter.standing", "id": standing.id, **_fields(standing)}
+
+
+def standing_from_json(raw: object) -> Standing:
+    return _read(Standing, raw)
+
+
+def residency_to_json(residency: Residency) -> Json:
+    return {"object": "adapter.residency", "id": residency.model, **_fields(residency)}
+
+
+def residency_from_json(raw: object) -> Residency:
+    return _read(Residency, raw)
+
+
+def withdrawal_to_json(found: Withdrawal) -> Json:
+    residency = None if found.residency is None else residency_to_json(found.residency)
+    return {
+        "object": "adapter.withdrawal",
+        "id": found.standing.id,
+        "standing": standing_to_json(found.standing),
+        "residency": residency,
+    }
+
+
+def withdrawal_from_json(raw: object) -> Withdrawal:
+    return _read(Withdrawal, raw)
 
 
 def move_to_json(move: Move) -> Json:

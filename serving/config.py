@@ -53,6 +53,11 @@ class EdgeSettings(BaseSettings):
     max_logit_bias: int = Field(300, ge=0)
     thread_chars: int = Field(4096, ge=0)
 
+    warm_deadline_s: float = Field(60.0, gt=0)
+    warm_ttl_s: float = Field(600.0, gt=0)
+    retire_drain_s: float = Field(30.0, ge=0, le=240)
+    decree_poll_s: float = Field(0.25, gt=0, le=0.5)
+
     heartbeat_stale_s: float = Field(5.0, gt=0)
     ready_idle_s: float = Field(15.0, gt=0)
     health_grace_s: float = Field(120.0, gt=0)

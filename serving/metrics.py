@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from adapters.records import MoveAction
 from serving.answers import Ended
 from serving.engine.request import EngineFacts, Heartbeat
 
@@ -100,9 +101,9 @@ class Metrics:
         self._requests = self._counter("adapter_requests", "Requests that reached an adapter.", "adapter", "outcome")
         self._refusals = self._counter("adapter_refusals", "Requests refused or failed, by error code.", "code")
         self._publishes = self._counter("adapter_publishes", "Versions published over HTTP.")
-        self._moves = self._counter("adapter_moves", "Alias moves over HTTP, by action.", "action")
-        for action in ("promote", "forced", "rollback", "set"):
-            self._moves.labels(action)
+        self._moves = self._counter("adapter_moves", "Alias moves and decrees over HTTP, by action.", "action")
+        for action in MoveAction:
+            self._moves.labels(action.value)
         self._http = self._counter("gateway_http_requests", "HTTP requests.", "route", "method", "status")
         self._http_seconds = Histogram(
             "gateway_http_request_seconds", "HTTP requests, to their last byte.", ["route"], buckets=_HTTP,

@@ -34,6 +34,7 @@ from serving.config import EdgeSettings
 from serving.link import Address
 from serving.replica_metrics import ReplicaCollector
 from serving.router import Router
+from serving.warden import Warden
 
 _SOCKETS = "loraplane-"
 # What is left of the drain time for streams to hear that they were cut.
@@ -107,6 +108,7 @@ class Server:
         )
         metrics.registry.register(ReplicaCollector(self._router.views))
         app = build_app(self._gateway, parts.registry, parts.settings, metrics)
+        self._warden: Warden = app.state.services.warden
         self._http = _Uvicorn(uvicorn_config(app, parts.settings), self._on_signal)
         self._stopping = asyncio.Event()
         self._failed = False
@@ -116,15 +118,16 @@ class Server:
         begun = time.monotonic()
         self._loop = asyncio.get_running_loop()
         linked = asyncio.create_task(self._router.run())
+        watched = asyncio.create_task(self._warden.run())
         started = asyncio.create_task(self._start_engine(begun))
         stopped = asyncio.create_task(self._drain())
         try:
             await self._http.serve(sockets=[self._listener])
         finally:
             await asyncio.gather(started, return_exceptions=True)
-            for task in (linked, stopped):
+            for task in (linked, watched, stopped):
                 task.cancel()
-            await asyncio.gather(linked, stopped, return_exceptions=True)
+            await asyncio.gather(linked, watched, stopped, return_exceptions=True)
             await asyncio.to_thread(self._parts.cluster.stop)
         return 1 if self._failed else 0
 

@@ -1,4 +1,4 @@
-"""The registry over HTTP: publish, aliases, promote, rollback, history, policies, reports, bases.
+"""The registry over HTTP: publish, aliases, history, policies, reports, bases.
 
 Endpoints are plain functions: FastAPI runs them in threads, since the registry blocks.
 """
@@ -27,10 +27,8 @@ from adapters.wire import (
 from serving.api.admin_schemas import (
     AliasRequest,
     PolicyRequest,
-    PromoteRequest,
     PublishRequest,
     ReportRequest,
-    RollbackRequest,
     expected,
 )
 from serving.api.documents import Record, RecordList, documented
@@ -133,37 +131,6 @@ def _mount_writes(app: FastAPI, services: Services) -> None:
         )
         metrics.moved("set")
         return JSONResponse(alias_to_json(record))
-
-    @app.post(
-        "/v1/adapters/{name}/promote",
-        response_model=Record,
-        responses=_WRITE,
-        tags=["registry"],
-        summary="Make a version the champion, if the gate allows it",
-    )
-    def promote(request: Request, name: Name, body: PromoteRequest) -> Response:
-        move = registry.promote(
-            name,
-            body.version,
-            who=caller_of(request).name,
-            reason=body.reason or "",
-            force=bool(body.force),
-            expected_version=expected(body),
-        )
-        metrics.moved(move.action.value)
-        return JSONResponse(move_to_json(move))
-
-    @app.post(
-        "/v1/adapters/{name}/rollback",
-        response_model=Record,
-        responses=_WRITE,
-        tags=["registry"],
-        summary="Go back to the champion before, or to a version named",
-    )
-    def rollback(request: Request, name: Name, body: RollbackRequest) -> Response:
-        move = registry.rollback(name, who=caller_of(request).name, reason=body.reason, to=body.to)
-        metrics.moved(move.action.value)
-        return JSONResponse(move_to_json(move))
 
 
 def _mount_evaluation(app: FastAPI, services: Services) -> None:

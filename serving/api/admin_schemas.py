@@ -59,11 +59,13 @@ class AliasRequest(Closed):
 
 
 class PromoteRequest(Closed):
-    """POST .../promote. force overrules the gate and needs a reason; both are recorded."""
+    """POST .../promote. force overrules the gate and needs a reason; both are recorded. warm false: move the alias
+    without having the version ready first."""
 
     version: Number
     reason: Line | None = None
     force: bool | None = None
+    warm: bool | None = None
     expected_version: Number | None = None
 
 
@@ -72,6 +74,39 @@ class RollbackRequest(Closed):
 
     reason: Line
     to: Number | None = None
+
+
+class FallbackRequest(Closed):
+    """PUT .../aliases/{alias}/fallback: while the alias's version is set aside, 503, or the version before answers."""
+
+    policy: Literal["503", "previous"]
+    reason: Line | None = None
+
+
+class WarmRequest(Closed):
+    """POST .../versions/{number}/warm: ready for ttl_s seconds at least, a week at most."""
+
+    ttl_s: Annotated[float, Field(ge=1, le=604_800)] = 600.0
+
+
+class RetireRequest(Closed):
+    """POST .../versions/{number}/retire. deadline_s: how long running answers get before they are ended."""
+
+    reason: Line | None = None
+    deadline_s: Annotated[float, Field(ge=0, le=240)] | None = None
+
+
+class RevokeRequest(Closed):
+    """POST .../versions/{number}/revoke. in_flight: whether running answers finish, or end with an error."""
+
+    reason: Annotated[Line, Field(min_length=1)]
+    in_flight: Literal["finish", "end"] = "finish"
+
+
+class RestoreRequest(Closed):
+    """POST .../versions/{number}/restore."""
+
+    reason: Annotated[Line, Field(min_length=1)]
 
 
 def expected(request: AliasRequest | PromoteRequest) -> Expected:

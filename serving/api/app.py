@@ -17,7 +17,7 @@ from starlette.responses import Response
 from adapters.errors import InvalidRequest, LoraplaneError
 from adapters.records import BaseRecord
 from adapters.registry import Registry
-from serving.api import admin, blobs, completions, models, ops
+from serving.api import admin, blobs, completions, decrees, models, ops
 from serving.api.condition import Condition
 from serving.api.edge import Edge
 from serving.api.errors import http_response, response
@@ -26,9 +26,11 @@ from serving.api.services import Services
 from serving.auth import KeyRing
 from serving.config import EdgeSettings
 from serving.door import EngineDoor
+from serving.flips import FlipLimits, Flips
 from serving.gateway import BaseTokenizer, Gateway
 from serving.metrics import EngineView, Metrics
 from serving.resolver import Resolver
+from serving.warden import Warden
 
 TITLE = "Loraplane"
 
@@ -59,7 +61,10 @@ def build_gateway(
 
 
 def build_app(gateway: Gateway, registry: Registry, settings: EdgeSettings, metrics: Metrics) -> FastAPI:
-    """The whole HTTP edge as an ASGI app. It starts nothing: door, registry and metrics belong to the caller."""
+    """The whole HTTP edge as an ASGI app. It starts nothing: door, registry and metrics belong to the caller.
+
+    Whoever serves it also runs `app.state.services.warden`, so that decrees of other gateways reach this one.
+    """
     condition = Condition(
         gateway,
         registry.bases,
@@ -67,7 +72,16 @@ def build_app(gateway: Gateway, registry: Registry, settings: EdgeSettings, metr
         ready_idle_s=settings.ready_idle_s,
         health_grace_s=settings.health_grace_s,
     )
-    services = Services(gateway, registry, settings, metrics, KeyRing(settings.keys), condition)
+    warden = Warden(
+        gateway,
+        registry.standings.decrees,
+        every_s=settings.decree_poll_s,
+        drain_s=settings.retire_drain_s,
+        longest_s=settings.request_deadline_s,
+    )
+    limits = FlipLimits(settings.warm_deadline_s, settings.warm_ttl_s, settings.request_deadline_s)
+    flips = Flips(gateway, registry, warden, limits)
+    services = Services(gateway, registry, settings, metrics, KeyRing(settings.keys), condition, flips, warden)
     # No documentation page: it would fetch scripts from elsewhere. Its source is at /openapi.json.
     app = FastAPI(
         title=TITLE,
@@ -79,7 +93,7 @@ def build_app(gateway: Gateway, registry: Registry, settings: EdgeSettings, metr
     )
     app.router.route_class = StrictRoute
     app.state.services = services
-    for room in (completions, models, admin, blobs, ops):
+    for room in (completions, models, admin, decrees, blobs, ops):
         room.mount(app, services)
     _handle_errors(app, metrics)
     _describe(app, settings)

@@ -10,8 +10,10 @@ from adapters.registry import Registry
 from serving.api.condition import Condition
 from serving.auth import KeyRing
 from serving.config import EdgeSettings
+from serving.flips import Flips
 from serving.gateway import Gateway
 from serving.metrics import Metrics
+from serving.warden import Warden
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class Services:
     metrics: Metrics
     keys: KeyRing
     condition: Condition
+    flips: Flips
+    warden: Warden
 
 
 def services_of(request: Request) -> Services:

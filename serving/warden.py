@@ -1,0 +1,117 @@
+"""Makes running answers and engines follow what the registry decrees, whoever decreed it and through which gateway.
+
+Several times a second the decrees are read. Running answers of a version that was revoked at once are ended here; an
+engine that still holds what nobody is served drops it, and one that lost a pin (it restarted) pins it again. New
+requests do not depend on any of it: each is resolved in the registry itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from adapters.errors import LoraplaneError
+from adapters.records import InFlight
+from adapters.standings import Decrees, revoked
+from serving.engine.request import Failed, Moved
+from serving.gateway import Gateway
+
+log = structlog.get_logger(__name__)
+
+# Heartbeats are up to a second old: what was just asked of an engine is not asked again before they tell of it.
+_PATIENCE_S = 2.0
+_AGAIN_S = 10.0
+
+
+class Warden:
+    """One gateway's. decrees: reads the registry, blocking. every_s: seconds between two readings; drain_s: how long
+    running answers of a retired version may take; longest_s: those of a revoked one that may finish."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        decrees: Callable[[], Decrees],
+        *,
+        every_s: float,
+        drain_s: float,
+        longest_s: float,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._gateway, self._decrees = gateway, decrees
+        self._every_s, self._drain_s, self._longest_s = every_s, drain_s, longest_s
+        self._monotonic = monotonic
+        self._quiet_until: dict[str, float] = {}
+        self._asked: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Follow the decrees until cancelled; a registry that cannot be read is asked again."""
+        try:
+            while True:
+                try:
+                    await self.follow()
+                except LoraplaneError as error:
+                    log.warning("decrees_unreadable", error=str(error)[:200])
+                except Exception:
+                    log.exception("decrees_not_followed")
+                await asyncio.sleep(self._every_s)
+        finally:
+            for task in self._asked:
+                task.cancel()
+
+    async def follow(self) -> None:
+        """Read the decrees once and do what they ask for. Raises StoreFailed."""
+        found = await asyncio.to_thread(self._decrees)
+        now_gone = {s.digest: revoked(s, s.id) for s in found.revoked if s.in_flight is InFlight.END}
+        self._gateway.end(now_gone)
+        beat = self._gateway.door.heartbeat
+        if beat is None:
+            return
+        resident = {slot.digest for slot in beat.slots}.union(beat.host_digests)
+        finishing = {s.digest for s in found.revoked if s.in_flight is InFlight.FINISH}
+        for digest in (found.unwanted & resident).difference(beat.dropping):
+            deadline_s = 0.0 if digest in now_gone else self._longest_s if digest in finishing else self._drain_s
+            self._ask(digest, lambda d=digest, s=deadline_s: self.drop(d, s))  # type: ignore[misc]
+        pinned = {s.digest for s in found.pinned if s.base_digest == self._gateway.resolver.base.digest}
+        for digest in pinned.difference(beat.pinned):
+            self._ask(digest, lambda d=digest: self.pin(d, True))  # type: ignore[misc]
+        for digest in set(beat.pinned) - pinned:
+            self._ask(digest, lambda d=digest: self.pin(d, False))  # type: ignore[misc]
+
+    async def drop(self, digest: str, deadline_s: float) -> Moved | Failed:
+        """Have the engine drop an adapter, and leave it alone meanwhile."""
+        self._leave_alone(digest, deadline_s + _PATIENCE_S)
+        try:
+            return await self._gateway.door.drop(digest, deadline_s)
+        finally:
+            self._leave_alone(digest, _PATIENCE_S)
+
+    async def pin(self, digest: str, on: bool) -> Moved | Failed:
+        """Have the engine pin an adapter or let it go, and leave it alone meanwhile."""
+        self._leave_alone(digest, _AGAIN_S)
+        told = await self._gateway.door.pin(digest, on)
+        # A pin that found no slot is tried again, but not several times a second.
+        self._leave_alone(digest, _AGAIN_S if isinstance(told, Failed) else _PATIENCE_S)
+        return told
+
+    def _leave_alone(self, digest: str, seconds: float) -> None:
+        self._quiet_until[digest] = self._monotonic() + seconds
+
+    def _ask(self, digest: str, work: Callable[[], Coroutine[Any, Any, Moved | Failed]]) -> None:
+        now = self._monotonic()
+        if now < self._quiet_until.get(digest, 0.0):
+            return
+        self._quiet_until = {d: until for d, until in self._quiet_until.items() if now < until}
+        self._quiet_until[digest] = now + _PATIENCE_S  # until the task has begun
+
+        async def ask() -> None:
+            told = await work()
+            if isinstance(told, Failed):
+                log.warning("decree_refused", digest=digest, code=told.code)
+
+        task = asyncio.get_running_loop().create_task(ask())
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)

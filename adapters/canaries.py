@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import TypeAlias
 
 from adapters.errors import InvalidRequest
 from adapters.records import DEFAULT_TENANT, AdapterVersion, Move
@@ -162,6 +163,10 @@ class ShadowFigures:
     def mean_gap(self) -> float:
         """Mean difference of log-probabilities, shadow less live; 0 without any."""
         return self.gap / self.compared if self.compared else 0.0
+
+
+# By the trial's id and the arm.
+Figures: TypeAlias = Mapping[tuple[str, Arm], ArmFigures | ShadowFigures]
 
 
 @dataclass(frozen=True, slots=True)

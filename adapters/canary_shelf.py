@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any
@@ -19,6 +19,7 @@ from adapters.canaries import (
     Canary,
     CanaryLimits,
     CanaryReport,
+    Figures,
     Route,
     Shadow,
     ShadowFigures,
@@ -37,9 +38,6 @@ from adapters.rows import line, text
 from adapters.schema import Database
 from adapters.shelf import Shelf
 from adapters.standings import Standings
-
-# The key of a row of figures: the trial's id and the arm.
-Figures = Mapping[tuple[str, Arm], ArmFigures | ShadowFigures]
 
 
 class Canaries:

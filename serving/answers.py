@@ -25,6 +25,7 @@ from adapters.errors import (
     NotReady,
     QueueFull,
 )
+from serving.arms import Taken
 from serving.engine.request import Event, Failed, Finished, FinishReason, PromptLogprobs, Timing, Tokens
 from serving.resolver import Weights
 from serving.text import AnswerText, Emission, TokenInfo
@@ -74,6 +75,7 @@ class Ended:
     first_token_s: float | None
     total_s: float
     timing: Timing | None
+    taken: Taken | None = None
 
 
 class Observer(Protocol):
@@ -131,6 +133,7 @@ class Head:
     n: int
     max_tokens: int
     deadline_s: float
+    taken: Taken | None = None
 
 
 def _nothing() -> None:
@@ -257,6 +260,7 @@ class Answer:
                 self.first_token_s,
                 total,
                 next((s.timing for s in self.sequences if s.timing is not None), self.timing),
+                head.taken,
             )
         )
 

@@ -14,7 +14,8 @@ class Wishes:
 
     logprobs None: none wanted; otherwise that many alternatives beside the chosen token. logit_bias: token id ->
     -100..100. deadline_s: the caller's own bound in seconds, which can only shorten the server's.
-    tenant: whose computed prefixes may serve this request.
+    tenant: whose computed prefixes may serve this request. user: whom the caller says it asks for; with the tenant it
+    decides on the arm of a canary.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Wishes:
     deadline_s: float | None = None
     request_id: str = ""
     tenant: str = ""
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@ import itertools
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
+
+import msgspec
 
 from adapters.errors import (
     AdapterQuarantined,
@@ -22,11 +24,15 @@ from adapters.errors import (
 from adapters.prompts import PromptRenderer
 from adapters.records import PromptFormat
 from serving.answers import Answer, Head, NoObserver, Observer, Track
+from serving.arms import Lot
+from serving.auth import LOCAL
 from serving.commands import ChatCommand, CompletionCommand, Wishes
 from serving.door import EngineDoor
-from serving.engine.request import EngineFacts, Sampling
+from serving.engine.request import EngineFacts, Event, Sampling
 from serving.limits import Admission, GatewayLimits
 from serving.resolver import Resolver, Target
+from serving.shadowing import Shadowing
+from serving.tally import Audience, Tally
 from serving.text import AnswerText, Echo
 
 
@@ -66,7 +72,9 @@ class Gateway:
         self.renderer = renderer
         self.limits = limits
         self.admission = Admission(limits.max_inflight)
-        self._observer: Observer = observer or NoObserver()
+        self.tally = Tally()
+        self.shadowing = Shadowing(door, self.tally)
+        self._observer: Observer = Audience(observer or NoObserver(), self.tally)
         self._now, self._monotonic, self._new_seed = now, monotonic, new_seed
         self._running: dict[int, Answer] = {}
         self._numbers = itertools.count()
@@ -86,7 +94,10 @@ class Gateway:
                 )
             prompt = await self.render(command, target.prompt_format)
             limit = self.limits.default_chat_tokens
-            return self._answer("chatcmpl", command.wishes, target, [prompt], "messages", limit, started)
+            beside: Sequence[int] = prompt
+            if target.beside is not None and target.beside.prompt_format != target.prompt_format:
+                beside = await self.render(command, target.beside.prompt_format)
+            return self._answer("chatcmpl", command.wishes, target, [prompt], "messages", limit, started, beside=beside)
 
         return await self._begun(command.wishes, make)
 
@@ -97,7 +108,9 @@ class Gateway:
             self._check_echo(command)
             prompts = [await self.encode(p) if isinstance(p, str) else list(p) for p in command.prompts]
             limit = self.limits.default_completion_tokens
-            return self._answer("cmpl", command.wishes, target, prompts, "prompt", limit, started, command)
+            scored = command.echo and command.wishes.logprobs is not None
+            beside = () if scored else prompts[0]
+            return self._answer("cmpl", command.wishes, target, prompts, "prompt", limit, started, command, beside)
 
         self._check_count(command)
         return await self._begun(command.wishes, make)
@@ -141,7 +154,7 @@ class Gateway:
             self.admission.leave()
 
         try:
-            answer = await make(target or await self.resolver.resolve(wishes.model), started)
+            answer = await make(target or await self.resolver.resolve(wishes.model, _lot(wishes)), started)
         except BaseException:
             leave()
             raise
@@ -183,7 +196,9 @@ class Gateway:
         default_tokens: int,
         started: float,
         raw: CompletionCommand | None = None,
+        beside: Sequence[int] = (),
     ) -> Answer:
+        """beside: the first prompt as a shadow gets it; none runs without one, nor where it would tell nothing."""
         facts = self.facts()
         fmt = target.prompt_format
         self._check(wishes, prompts, param)
@@ -200,17 +215,40 @@ class Gateway:
             n=wishes.n,
             max_tokens=max_tokens,
             deadline_s=deadline_s,
+            taken=target.taken,
         )
+        if max_tokens == 0 or wishes.num_beams > 1:
+            beside = ()
         sequences = [
             Track(
                 index=at * wishes.n + choice,
-                events=self.door.submit(prompt, sampling, target.weights.digest, choice, deadline_s, wishes.tenant),
+                events=self._events(
+                    target, prompt, sampling, choice, deadline_s, wishes.tenant, () if at or choice else beside
+                ),
                 text=self._text(wishes, fmt, ends, prompt, raw, at),
             )
             for at, prompt in enumerate(prompts)
             for choice in range(wishes.n)
         ]
         return Answer(head, sequences, self._observer, self._monotonic, started=started)
+
+    def _events(
+        self,
+        target: Target,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        choice: int,
+        deadline_s: float,
+        tenant: str,
+        beside: Sequence[int],
+    ) -> AsyncIterator[Event]:
+        """The engine's events of one sequence; where a shadow computes beside it, both tell log-probabilities."""
+        digest = target.weights.digest
+        if target.beside is None or not beside:
+            return self.door.submit(prompt, sampling, digest, choice, deadline_s, tenant)
+        told = msgspec.structs.replace(sampling, logprobs=sampling.logprobs or 0)
+        live = self.door.submit(prompt, told, digest, choice, deadline_s, tenant)
+        return self.shadowing.beside(live, target.beside, beside, told, choice, deadline_s, tenant)
 
     def _text(
         self,
@@ -310,6 +348,12 @@ class Gateway:
         limit = self.limits.max_sequences
         if len(command.prompts) * command.wishes.n > limit:
             raise InvalidRequest(f"Prompts times n may be at most {limit} in one request.", "prompt")
+
+
+def _lot(wishes: Wishes) -> Lot:
+    """What a request is drawn by. Callers who need no key are not told apart by one."""
+    key = "" if wishes.tenant == LOCAL.tenant else wishes.tenant
+    return Lot(wishes.user, key, wishes.request_id or uuid.uuid4().hex)
 
 
 def _check_beams(wishes: Wishes, facts: EngineFacts) -> None:

@@ -7,11 +7,13 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from adapters.errors import InvalidRequest, ModelNotFound
+from adapters.canaries import Route
+from adapters.errors import InvalidRequest, ModelNotFound, VersionWithdrawn
 from adapters.records import BASE_ID, AdapterVersion, BaseRecord, PromptFormat
+from serving.arms import Beside, Lot, Taken, draw
 
 _MAX_REMEMBERED = 4096
 _MAX_SHOWN = 100
@@ -40,16 +42,21 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Weights, and how a prompt for them is rendered."""
+    """Weights, and how a prompt for them is rendered.
+
+    taken: the arm of a canary that this is; beside: what computes the same request unseen.
+    """
 
     weights: Weights
     prompt_format: PromptFormat
+    taken: Taken | None = None
+    beside: Beside | None = None
 
 
 class Versions(Protocol):
     """What serving a request asks of a registry."""
 
-    def resolve(self, model_id: str) -> AdapterVersion: ...
+    def route(self, model: str) -> Route: ...
     def instead_of(self, model: str) -> AdapterVersion | None: ...
 
 
@@ -67,15 +74,19 @@ class Resolver:
         """Whether this id names the base."""
         return model in self._base_names
 
-    async def resolve(self, model: str) -> Target:
+    async def resolve(self, model: str, lot: Lot | None = None) -> Target:
         """The weights behind a model id. Raises ModelNotFound or NoChampion.
 
-        A version made for another base does not exist here.
+        lot: what a request is drawn by where a canary runs; without one, canaries and shadows are left aside. A version
+        made for another base does not exist here.
         """
         if self.is_base(model):
             return self._base_target
-        version = await asyncio.to_thread(self.version, model)
-        return self._target(version)
+        route = await asyncio.to_thread(self._route, model)
+        if lot is None:
+            return self._target(route.version)
+        version, taken, beside = draw(route, lot)
+        return replace(self._target(version), taken=taken, beside=beside)
 
     async def instead_of(self, model: str, aside: Weights) -> Target | None:
         """Who answers for this id while the engine has the version it means set aside, by the alias's own policy.
@@ -96,14 +107,17 @@ class Resolver:
 
     def version(self, model: str) -> AdapterVersion:
         """The adapter version behind a model id, asked of the registry (blocking). Raises as `resolve` does."""
+        return self._route(model).version
+
+    def _route(self, model: str) -> Route:
         try:
-            version = self._versions.resolve(model)
+            route = self._versions.route(model)
         except InvalidRequest:
             # What is no id cannot name anything either: clients look for a 404 here.
             raise ModelNotFound(model[:_MAX_SHOWN], self._meant_by(model)) from None
-        if version.base_digest != self.base.digest:
+        if route.version.base_digest != self.base.digest:
             raise ModelNotFound(model[:_MAX_SHOWN])
-        return version
+        return route
 
     def _meant_by(self, model: str) -> Sequence[str]:
         """Ids near a text that is none: near what it would be in lower case, with separators where they may stand."""
@@ -112,10 +126,10 @@ class Resolver:
         name = re.sub(r"[._-]*([._-])", r"\1", name).strip("._-")[:_MAX_NAME].rstrip("._-")
         for wanted in ([f"{name}@{selector}"] if selector else []) + [name]:
             try:
-                found = self._versions.resolve(wanted)
+                found = self._versions.route(wanted).version
             except ModelNotFound as error:
                 return error.nearest
-            except InvalidRequest:
+            except (InvalidRequest, VersionWithdrawn):
                 continue
             return [wanted] if found.base_digest == self.base.digest else []
         return []

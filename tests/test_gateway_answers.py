@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from adapters.canaries import Route
 from adapters.errors import (
     AdapterCapacity,
     ContextLengthExceeded,
@@ -217,9 +218,9 @@ class Foreign:
     def __init__(self, version: AdapterVersion) -> None:
         self.version = replace(version, base_digest="0" * 64)
 
-    def resolve(self, model_id: str) -> AdapterVersion:
-        parse_model_id(model_id)
-        return self.version
+    def route(self, model: str) -> Route:
+        parse_model_id(model)
+        return Route(self.version)
 
 
 async def test_a_version_of_another_base_does_not_exist_here(case: Case) -> None:

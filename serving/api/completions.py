@@ -167,6 +167,7 @@ def _wishes(request: Request, body: Generation, *, max_tokens: int | None, logpr
         deadline_s=None if body.stream else read_timeout(request.headers.get("x-stainless-read-timeout")),
         request_id=body.request_id or str(request.scope["state"]["request_id"]),
         tenant=caller_of(request).tenant,
+        user=body.user or "",
     )
 
 
@@ -202,6 +203,8 @@ def answer_headers(answer: Answer, body: Generation) -> dict[str, str]:
             found["x-adapter-cache"] = timing.source
         spans = {"queue": timing.queue_s, "load": timing.load_s, "prefill": timing.prefill_s}
         found["server-timing"] = ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in spans.items())
+    if answer.head.taken is not None:
+        found["x-adapter-arm"] = answer.head.taken.arm.value
     ignored = body.ignored_fields()
     if ignored:
         found["x-ignored-fields"] = ", ".join(ignored)

@@ -128,7 +128,6 @@ class Generation(Closed):
             "parallel_tool_calls",
             "reasoning_effort",
             "session_id",
-            "user",
         }
     )
 

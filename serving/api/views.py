@@ -33,6 +33,7 @@ def head_fields(head: Head, kind: str, extra: Json) -> Json:
         "system_fingerprint": head.weights.fingerprint,
         **extra,
         **weights_fields(head.weights),
+        **({} if head.taken is None else {"adapter_arm": head.taken.arm.value}),
     }
 
 

@@ -36,7 +36,8 @@ class Bench:
         return EngineCase(self.decoder, **{"read": self.read, **options})  # type: ignore[arg-type]
 
     def expected(self, digest: str | None, count: int = 8) -> list[int]:
-        return Oracle(self.base, digest and self.folders[digest]).greedy(PROMPT, count, frozenset({2}))
+        folder = None if digest is None else self.folders[digest]
+        return Oracle(self.base, folder).greedy(PROMPT, count, frozenset({2}))
 
 
 @pytest.fixture(scope="module")

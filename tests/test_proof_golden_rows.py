@@ -28,8 +28,7 @@ def registry(tmp_path: Path) -> Any:
 
 
 def with_rows(*rows: object, seed: int = 0) -> Files:
-    files: Any = {**adapter_files(seed), "golden_rows.json": json.dumps(rows).encode()}
-    return files
+    return {**adapter_files(seed), "golden_rows.json": json.dumps(rows).encode()}
 
 
 def test_golden_rows_are_part_of_what_the_digest_names(registry: Registry) -> None:

@@ -90,4 +90,5 @@ def _gap(model: PeftModel, prompt: tuple[int, ...], answer: tuple[int, ...]) -> 
 
 def _logits(model: PeftModel, ids: Sequence[int]) -> torch.Tensor:
     """(tokens, vocabulary)."""
-    return model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0]
+    logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits
+    return logits[0]

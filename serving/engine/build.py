@@ -14,14 +14,13 @@ from serving.engine.config import EngineConfig
 from serving.engine.engine import Engine, Sink
 from serving.engine.kv import RowTable
 from serving.engine.model import Decoder, pick_device, pick_dtype
-from serving.engine.proof import Prover
 from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts
 from serving.engine.runner import DecoderRunner, Runner, make_slots
 from serving.engine.scheduler import Limits, Scheduler
 from serving.engine.seq2seq import EncoderDecoder, load_encoder_decoder
 from serving.engine.seq2seq_runner import Seq2SeqRunner
-from serving.engine.slot_probe import slot_probe
+from serving.engine.slot_probe import Prover, slot_probe
 from serving.engine.slots import SlotTable
 from serving.loader import HostTier, read_adapter
 

@@ -15,10 +15,11 @@ from serving.engine.keeping import Keeper
 from serving.engine.kv import RowTable
 from serving.engine.lora import HostAdapter
 from serving.engine.plan import Key, Outgoing, Sampled, StepPlan, StepResult
-from serving.engine.proof import NoProver, Proofs, Prover
+from serving.engine.proof import Proofs
 from serving.engine.request import Cancel, EngineFacts, Heartbeat, Keep, SlotState, Submit, TokenLogprob
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
+from serving.engine.slot_probe import NoProver, Prover
 from serving.engine.slots import Placement, SlotTable
 from serving.loader import HostTier
 
@@ -54,7 +55,7 @@ class Engine:
         self._sink, self._now, self._begin = sink, now, begin
         self._queue_limit, self._probe_after_s = queue_limit, probe_after_s
         self._prover = prover or NoProver()
-        self._proofs = Proofs(self._prover.spare_rows)
+        self._proofs: Proofs[HostAdapter] = Proofs(self._prover.spare_rows)
         self._inbox: queue.SimpleQueue[tuple[Key, Submit | Cancel | Keep]] = queue.SimpleQueue()
         self._keeper = Keeper(scheduler, slots, host, install=self._install, clear=self._clear)
         self._work = threading.Event()

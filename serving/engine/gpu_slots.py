@@ -165,10 +165,6 @@ class TritonSlots:
         """See Slots. After `begin` with this slot, it has arrived."""
         return self._buffers[slot - 1]
 
-    def laid(self, slot: int) -> Tensor | None:
-        """See Slots. After `begin` with this slot, it has arrived."""
-        return self._buffers[slot - 1]
-
     def begin(self, slots: Sequence[int]) -> bool:
         """See Slots."""
         self._step = None

@@ -71,7 +71,6 @@ class HostAdapter:
     embedding: End | None = None
     head: End | None = None
     golden: tuple[GoldenRow, ...] = ()
-    golden: tuple[GoldenRow, ...] = ()
     form: Form | None = None
 
     @property
@@ -120,9 +119,6 @@ class Slots(Protocol):
         Raises ValueError when its rank exceeds what slots may hold or it was prepared for others; the slot is
         untouched then.
         """
-
-    def laid(self, slot: int) -> Tensor | None:
-        """What lies in a slot as it was laid out for it (1-D, perhaps longer); None where pairs are installed."""
 
     def laid(self, slot: int) -> Tensor | None:
         """What lies in a slot as it was laid out for it (1-D, perhaps longer); None where pairs are installed."""
@@ -216,10 +212,6 @@ class StackedSlots:
                     a[index, m, :rank].copy_(pair[0])
                     b[m][index, :rank].copy_(pair[1])
         self._touched[slot] = frozenset(adapter.pairs)
-
-    def laid(self, slot: int) -> Tensor | None:
-        """See Slots."""
-        return None
 
     def laid(self, slot: int) -> Tensor | None:
         """See Slots."""

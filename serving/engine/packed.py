@@ -108,10 +108,6 @@ class PackedSlots:
         """See Slots."""
         return self._buffers[slot - 1]
 
-    def laid(self, slot: int) -> Tensor | None:
-        """See Slots."""
-        return self._buffers[slot - 1]
-
     def begin(self, slots: Sequence[int]) -> bool:
         """See Slots. Tokens of one adapter share the read of its weights, four at a time."""
         members: dict[int, list[int]] = {}

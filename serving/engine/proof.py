@@ -11,43 +11,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Generic, Protocol, TypeVar
 
 from adapters.golden import GoldenRow
 from serving.engine.plan import Key, RowPlan, StepPlan, StepResult
 from serving.engine.request import Sampling, TokenLogprob
-
-if TYPE_CHECKING:  # what is decided here knows no tensors
-    from serving.engine.lora import HostAdapter
 
 _CONNECTION = -2  # no gateway's: the keys of golden rows
 _KEPT = 4096  # adapters that are remembered as proven; the one proven longest ago is proven anew
 _SCORED = Sampling(max_tokens=0, temperature=0.0, prompt_logprobs=1)
 
 
-class Prover(Protocol):
-    """What can be seen of a slot from outside of a step. spare_rows: cache rows that no sequence is ever given."""
+class Golden(Protocol):
+    """An adapter, as far as it is replayed."""
 
     @property
-    def spare_rows(self) -> Sequence[int]: ...
-
-    def applies(self, slot: int, adapter: HostAdapter) -> bool:
-        """Whether the slot gives what the adapter's own tensors give."""
-
-    def moves(self, slot: int, adapter: HostAdapter) -> bool:
-        """Whether the output on fixed tokens differs from the base's. Takes a small forward pass."""
+    def golden(self) -> Sequence[GoldenRow]: ...
 
 
-class NoProver:
-    """Believes everything, for engines whose runner holds no tensors."""
-
-    spare_rows: Sequence[int] = ()
-
-    def applies(self, slot: int, adapter: HostAdapter) -> bool:
-        return True
-
-    def moves(self, slot: int, adapter: HostAdapter) -> bool:
-        return True
+Adapter = TypeVar("Adapter", bound=Golden)
 
 
 @dataclass(slots=True)
@@ -75,13 +57,13 @@ class _Replay:
         )
 
 
-class Proofs:
+class Proofs(Generic[Adapter]):
     """What is still to be proven of the adapters in the slots."""
 
     def __init__(self, spare_rows: Sequence[int] = ()) -> None:
         self._free = list(spare_rows)
         self._replays: list[_Replay] = []
-        self._effects: dict[str, HostAdapter] = {}
+        self._effects: dict[str, Adapter] = {}
         self._proven: OrderedDict[str, int] = OrderedDict()  # digest -> how often it was
         self._replayable = bool(spare_rows)
 
@@ -90,7 +72,7 @@ class Proofs:
         """Adapters from which nobody is answered yet."""
         return frozenset([*self._effects, *(r.digest for r in self._replays)])
 
-    def installed(self, digest: str, adapter: HostAdapter) -> None:
+    def installed(self, digest: str, adapter: Adapter) -> None:
         """An adapter was put into a slot. The first time all of its rows are replayed, later one of them in turn."""
         self.gone(digest)
         before = self._proven.get(digest, 0)
@@ -115,7 +97,7 @@ class Proofs:
         self._proven.pop(digest, None)
 
     @property
-    def next_effect(self) -> tuple[str, HostAdapter] | None:
+    def next_effect(self) -> tuple[str, Adapter] | None:
         """The adapter whose effect is to be shown next."""
         return next(iter(self._effects.items()), None)
 

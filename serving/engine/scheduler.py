@@ -168,8 +168,6 @@ class Scheduler:
         self._running[sequence.key] = sequence
         if sequence.adapter is not None:
             self.breaker.started(sequence.adapter, sequence.key, now)
-        if sequence.adapter is not None:
-            self.breaker.started(sequence.adapter, sequence.key, now)
 
     def _search(self, sampling: Sampling) -> BeamSearch:
         ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)

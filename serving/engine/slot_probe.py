@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +23,33 @@ _KEY = Key((-1, -1))
 _ONE = Sampling(max_tokens=1, temperature=0.0)
 
 
+class Prover(Protocol):
+    """What can be seen of a slot from outside of a step. spare_rows: cache rows that no sequence is ever given."""
+
+    @property
+    def spare_rows(self) -> Sequence[int]: ...
+
+    def applies(self, slot: int, adapter: HostAdapter) -> bool:
+        """Whether the slot gives what the adapter's own tensors give."""
+
+    def moves(self, slot: int, adapter: HostAdapter) -> bool:
+        """Whether the output on fixed tokens differs from the base's. Takes a small forward pass."""
+
+
+class NoProver:
+    """Believes everything, for engines whose runner holds no tensors."""
+
+    spare_rows: Sequence[int] = ()
+
+    def applies(self, slot: int, adapter: HostAdapter) -> bool:
+        return True
+
+    def moves(self, slot: int, adapter: HostAdapter) -> bool:
+        return True
+
+
 class SlotProbe:
-    """Implements serving.engine.proof.Prover beside a runner.
+    """A Prover beside a runner.
 
     logits: the forward pass of a plan, (sampling rows, vocabulary), with nothing else in the batch, so that equal
     weights give equal bits. probe_row: the cache row it may write; spare_rows: see Prover.

@@ -244,10 +244,11 @@ class Registry:
             self.standings.refuse_withdrawn(connection, version)
             return version
 
-    def instead_of(self, model: str) -> AdapterVersion | None:
-        """Who answers for an alias whose version is set aside: the one before it, if the alias was told so.
+    def instead_of(self, model: str, aside: int) -> AdapterVersion | None:
+        """Who answers for an alias while version `aside` of it is set aside, if the alias was told so: the version it
+        points at, or when that is the one, the one before it.
 
-        None when it was not, when the id names a version, and when no earlier version of the alias is in service.
+        None when it was not told, when the id names a version, and when no such version is in service.
         """
         wanted = parse_model_id(model)
         if wanted.number is not None:
@@ -260,6 +261,8 @@ class Registry:
             withdrawn = self.standings.withdrawn(connection, wanted.name)
             try:
                 number = rollback_target(wanted.name, log(connection, self.tenant, wanted.name, alias), None, withdrawn)
+            if now.number not in (aside, *withdrawn):  # a canary is set aside, or the alias moved meanwhile
+                return self._shelf.version(connection, wanted.name, now.number)
             except Conflict:
                 return None
             return self._shelf.version(connection, wanted.name, number)

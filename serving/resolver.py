@@ -57,7 +57,7 @@ class Versions(Protocol):
     """What serving a request asks of a registry."""
 
     def route(self, model: str) -> Route: ...
-    def instead_of(self, model: str) -> AdapterVersion | None: ...
+    def instead_of(self, model: str, aside: int) -> AdapterVersion | None: ...
 
 
 class Resolver:
@@ -93,9 +93,9 @@ class Resolver:
 
         None: nobody. The target says in whose place it answers.
         """
-        if self.is_base(model):
+        if self.is_base(model) or aside.version is None:
             return None
-        version = await asyncio.to_thread(self._versions.instead_of, model)
+        version = await asyncio.to_thread(self._versions.instead_of, model, aside.version)
         if version is None or version.digest == aside.digest or version.base_digest != self.base.digest:
             return None
         return self._target(version, aside.model)

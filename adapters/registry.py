@@ -259,10 +259,10 @@ class Registry:
             if now is None or now.fallback is not Fallback.PREVIOUS:
                 return None
             withdrawn = self.standings.withdrawn(connection, wanted.name)
-            try:
-                number = rollback_target(wanted.name, log(connection, self.tenant, wanted.name, alias), None, withdrawn)
             if now.number not in (aside, *withdrawn):  # a canary is set aside, or the alias moved meanwhile
                 return self._shelf.version(connection, wanted.name, now.number)
+            try:
+                number = rollback_target(wanted.name, log(connection, self.tenant, wanted.name, alias), None, withdrawn)
             except Conflict:
                 return None
             return self._shelf.version(connection, wanted.name, number)

@@ -172,8 +172,9 @@ class StreamUser(HttpUser):  # type: ignore[misc]
             gevent.sleep(max(0.0, item.at_s - run.clock()))
             late_s = max(0.0, run.clock() - item.at_s)
         self._stream(run.plan.ask(item), late_s * 1000, item.prompt)
-        if len(run.samples) >= len(run.plan.items):
-            self.environment.runner.quit()
+        if len(run.samples) == len(run.plan.items):
+            # From a greenlet of its own: quitting ends this user's, and would end itself with it.
+            gevent.spawn(self.environment.runner.quit)
 
     def _stream(self, ask: Ask, late_ms: float = 0.0, prompt: int = -1) -> None:
         before = self._truth.before(ask.target)

@@ -80,7 +80,8 @@ def target_of(id_: str, *, base: bool = False) -> Target:
 
 def targets_of(models: Mapping[str, Any]) -> list[Target]:
     """The targets that GET /v1/models lists: base, names, aliases, versions. The base's own name comes last."""
-    bases, found = [], []
+    bases: list[Target] = []
+    found: list[Target] = []
     for model in models["data"]:
         target = target_of(model["id"], base=model["adapter"] is None)
         (bases if target.name is None else found).append(target)

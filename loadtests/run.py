@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def drive(url: str, users: int, seconds: float, options: Sequence[str]) -> tuple
         result, log = Path(folder) / "samples.json", Path(folder) / "locust.log"
         command = [
             sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE), "--headless", "--only-summary",
-            "--host", url, "--users", str(users), "--spawn-rate", str(users), "--run-time", f"{seconds:g}s",
+            "--host", url, "--users", str(users), "--spawn-rate", str(users), "--run-time", f"{math.ceil(seconds)}s",
             "--stop-timeout", str(_STOP_TIMEOUT_S), "--loglevel", "WARNING", *options, "--result", str(result),
         ]  # fmt: skip
         # locust imports the file by its path; its own imports of this package need the folder above it.

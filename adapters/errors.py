@@ -360,9 +360,14 @@ class AdapterNumerics(Unavailable):
 
 
 class AdapterQuarantined(Unavailable):
-    """A published adapter failed repeatedly and is not asked for a while."""
+    """A published adapter failed repeatedly, or its proof at load, and is not asked for a while. `reason` says which:
+    numerics, slot_contents, no_effect or golden_mismatch."""
 
     code = "adapter_quarantined"
+
+    def __init__(self, message: str, retry_after_s: float | None = 2.0, reason: str = "numerics") -> None:
+        super().__init__(message, retry_after_s)
+        self.reason = reason
 
 
 class AdapterUnloaded(Unavailable):

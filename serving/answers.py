@@ -26,6 +26,7 @@ from adapters.errors import (
     QueueFull,
 )
 from serving.arms import Taken
+from serving.engine.breaker import Doubt
 from serving.engine.request import Event, Failed, Finished, FinishReason, PromptLogprobs, Timing, Tokens
 from serving.resolver import Weights
 from serving.text import AnswerText, Emission, TokenInfo
@@ -328,6 +329,12 @@ class Answer:
 
 
 _FAULT = "The engine failed on this request."
+_DOUBTS: dict[str, str] = {
+    Doubt.NUMERICS: "it gave no finite numbers, again and again",
+    Doubt.SLOT_CONTENTS: "what lies in its slot is not what was put there",
+    Doubt.NO_EFFECT: "from its slot it changes nothing, and the base would answer under its name",
+    Doubt.GOLDEN_MISMATCH: "it does not answer its golden rows as it did when it was made",
+}
 _PLAIN = frozenset({QueueFull.code, AdapterCapacity.code, NotReady.code, DeadlineExceeded.code, Cancelled.code})
 
 
@@ -351,9 +358,11 @@ def engine_error(failed: Failed, model: str) -> LoraplaneError:
         case AdapterNumerics.code:
             return AdapterNumerics(f"{model} gives no finite numbers for this prompt.", None)
         case AdapterQuarantined.code:
+            reason = failed.message if failed.message in _DOUBTS else Doubt.NUMERICS.value
             return AdapterQuarantined(
-                f"{model} gave no finite numbers repeatedly and is set aside; try again later, or ask another version.",
+                f"{model} is set aside ({reason}): {_DOUBTS[reason]}; try again later, or ask another version.",
                 hint,
+                reason,
             )
         case AdapterUnloaded.code:
             return AdapterUnloaded(f"{model} was taken out of service; ask again, or ask another version.", hint)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 
-from serving.engine.breaker import Breaker
+from serving.engine.breaker import Breaker, Doubt
 from serving.engine.fair import FairQueue, Lane
 from serving.engine.forecast import Forecast
 from serving.engine.kv import RowTable
@@ -58,7 +58,7 @@ class Admission:
         """Let a sequence wait, or refuse it at once."""
         number, digest = sequence.submit.id, sequence.adapter
         if digest is not None and (aside := self._breaker.aside_s(digest, now)):
-            return _set_aside(sequence, aside)
+            return self._set_aside(sequence, aside)
         pinned = self._slots.pinned
         if digest is not None and len(pinned) == self._slots.slots and digest not in pinned:
             retry = self.forecast.clamp(0.0)
@@ -73,6 +73,10 @@ class Admission:
             return refusal
         self.queue.push(sequence)
         return None
+
+    def _set_aside(self, sequence: Sequence, wait_s: float) -> Failed:
+        doubt = self._breaker.doubt(sequence.adapter or "") or Doubt.NUMERICS
+        return Failed(sequence.submit.id, "adapter_quarantined", doubt.value, retry_after_s=wait_s)
 
     def _full(self, sequence: Sequence) -> Failed:
         retry = self.forecast.retry_s(len(self.queue))
@@ -124,7 +128,7 @@ class Admission:
             digest = lane.scope.adapter
             if digest is not None and (aside := self._breaker.aside_s(digest, now)):
                 for sequence in list(lane.waiting.values()):
-                    self._end(sequence, _set_aside(sequence, aside))
+                    self._end(sequence, self._set_aside(sequence, aside))
             elif digest is None or self._slots.holds(digest):
                 self._loaded(lane, now)
             else:
@@ -227,10 +231,3 @@ class Admission:
         self.queue.remove(sequence.key)
         sequence.state = State.FINISHED
         self._refused.append((sequence.key, refusal))
-
-
-def _set_aside(sequence: Sequence, wait_s: float) -> Failed:
-    digest = sequence.adapter or ""
-    return Failed(
-        sequence.submit.id, "adapter_quarantined", f"Adapter {digest[:12]} is set aside.", retry_after_s=wait_s
-    )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from serving.engine.plan import Key
+from serving.engine.request import SetAsideState
 
 STRIKES = 3
 WINDOW_S = 600.0
@@ -28,17 +29,6 @@ class Doubt(StrEnum):
     SLOT_CONTENTS = "slot_contents"  # its slot does not hold what was put there
     NO_EFFECT = "no_effect"  # from its slot the output is the base's
     GOLDEN_MISMATCH = "golden_mismatch"  # its golden rows come out otherwise
-
-
-@dataclass(frozen=True, slots=True)
-class SetAside:
-    """An adapter that is set aside. times: how often it was, one after the other. seconds: for how long from now; 0
-    when its time is over and it is being tried, or will be by the next who asks."""
-
-    digest: str
-    doubt: Doubt
-    seconds: float
-    times: int
 
 
 @dataclass(slots=True)
@@ -105,10 +95,10 @@ class Breaker:
         """All adapters that are set aside."""
         return tuple(digest for digest, record in self._records.items() if record.aside_until > now)
 
-    def listed(self, now: float, most: int = 100) -> tuple[SetAside, ...]:
+    def listed(self, now: float, most: int = 100) -> tuple[SetAsideState, ...]:
         """Adapters that are set aside or on trial, the latest first."""
         found = [
-            SetAside(digest, record.doubt, max(0.0, record.aside_until - now), record.times)
+            SetAsideState(digest, record.doubt.value, max(0.0, record.aside_until - now), record.times)
             for digest, record in reversed(self._records.items())
             if record.aside_s
         ]

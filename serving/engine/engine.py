@@ -140,6 +140,7 @@ class Engine:
             prompt_tokens=s.prompt_tokens,
             reused_tokens=s.reused_tokens,
             quarantined=s.breaker.aside(self._now()),
+            set_aside=s.breaker.listed(self._now()),
             pinned=self._slots.pinned,
             warm=self._keeper.warm,
             dropping=self._keeper.dropping,

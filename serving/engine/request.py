@@ -239,6 +239,16 @@ class SlotState(msgspec.Struct, frozen=True):
     rank: int
 
 
+class SetAsideState(msgspec.Struct, frozen=True):
+    """An adapter that the engine does not ask for a while. reason: numerics, slot_contents, no_effect or
+    golden_mismatch; seconds: until the next request may try it, 0 when one may; times: how often so far."""
+
+    digest: str
+    reason: str
+    seconds: float
+    times: int
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """An engine's condition, about once a second.
 
@@ -269,6 +279,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     prompt_tokens: int = 0
     reused_tokens: int = 0
     quarantined: tuple[str, ...] = ()
+    set_aside: tuple[SetAsideState, ...] = ()
     disk_count: int = 0
     disk_bytes: int = 0
     disk_bytes_limit: int = 0

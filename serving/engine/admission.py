@@ -3,8 +3,9 @@
 Whose turn it is starts, if it can: a free row, and a slot for its adapter. Who cannot is passed by, within bounds:
 - An adapter that loads holds up nobody. Loads start for those whose turn comes first.
 - A search that needs more rows than are free lets nobody start whose turn comes after it, so rows gather.
-- Who has waited `patience_s` for a slot has one drained: an adapter whose turn comes later gets no new leases until
-  its last one ends. At most a quarter of the slots drains at a time; what uses the others goes on.
+- A slot is kept for an adapter that is used, or waited for, until somebody else has waited `patience_s` for one. Then
+  an adapter whose turn comes later gets no new leases, until its last one ends. At most a quarter of the slots drains
+  at a time; what uses the others goes on.
 So nobody starves: of those whose turn comes before, each start makes its counter larger, and newcomers begin no lower
 than the least of those who could run (see `Counters`).
 """
@@ -97,7 +98,8 @@ class Admission:
         expected_s = max(load_s, wait_s)
         if expected_s < deadline_s:
             return None
-        if sequence.adapter is not None and load_s and self._may_load(sequence.adapter):
+        if sequence.adapter is not None and load_s and len(self._wanted) < self._lookahead:
+            self._wanted.add(sequence.adapter)
             self._loader.want(sequence.adapter)
         why = f"It would start in {expected_s:.1f} s; its deadline is in {deadline_s:.1f} s."
         retry = self.forecast.clamp(expected_s - deadline_s)
@@ -110,11 +112,6 @@ class Admission:
         spent = now - lane.loading_since if lane is not None and lane.loading_since is not None else 0.0
         return max(0.0, self.forecast.load_s(self._loader.source_of(digest), self._sizes.get(digest, 0)) - spent)
 
-    def _may_load(self, digest: str) -> bool:
-        if len(self._wanted) < self._lookahead:
-            self._wanted.add(digest)
-        return digest in self._wanted
-
     # -- who starts -----------------------------------------------------------------------------------------------
 
     def look_ahead(self, now: float) -> list[Outgoing]:
@@ -122,7 +119,7 @@ class Admission:
 
         Returns the endings, with those of sequences that gave up their places.
         """
-        absent: list[Lane] = []
+        there: list[Lane] = []
         self._wanted = set()
         for lane in self.queue.lanes():
             digest = lane.scope.adapter
@@ -131,31 +128,35 @@ class Admission:
                     self._end(sequence, self._set_aside(sequence, aside))
             elif digest is None or self._slots.holds(digest):
                 self._loaded(lane, now)
+            elif self._loader.bytes_of(digest):
+                self._wanted.add(digest)
+                there.append(lane)
             else:
-                self._may_load(digest)
-                absent.append(lane)
+                self._load(lane, digest, now)
         # Whose turn comes first is asked for last: of what was wanted the host keeps the latest the longest.
-        for lane in reversed(absent):
-            self._look(lane, lane.scope.adapter or "", now)
+        for lane in reversed(there):
+            self._take_up(lane, lane.scope.adapter or "", now)
         refused, self._refused = self._refused, []
         return refused
 
-    def _look(self, lane: Lane, digest: str, now: float) -> None:
-        if digest not in self._wanted and not self._loader.bytes_of(digest):
-            self.queue.stand_back(lane)
+    def _load(self, lane: Lane, digest: str, now: float) -> None:
+        self.queue.stand_back(lane)
+        if digest not in self._wanted and len(self._wanted) >= self._lookahead:
             return
         state = self._loader.want(digest)
         if state.load is Load.FAILED:
             for sequence in list(lane.waiting.values()):
                 self._end(sequence, Failed(sequence.submit.id, *state.failure, retry_after_s=state.retry_after_s))
             return
+        self._wanted.add(digest)
+        if lane.loading_since is None:
+            lane.loading_since = now
+
+    def _take_up(self, lane: Lane, digest: str, now: float) -> None:
+        """The lane's adapter is on the host: what waits for it could run."""
+        state = self._loader.want(digest)
         for sequence in lane.waiting.values():
             sequence.source, sequence.load = state.source, state.times or sequence.load
-        if state.load is Load.LOADING:
-            self.queue.stand_back(lane)
-            if lane.loading_since is None:
-                lane.loading_since = now
-            return
         size = self._sizes[digest] = self._loader.bytes_of(digest)
         self._sizes.move_to_end(digest)
         if len(self._sizes) > KNOWN_SIZES:
@@ -176,40 +177,47 @@ class Admission:
         before it asks for the next."""
         self._drains = {victim: heir for victim, heir in self._drains.items() if self._drains_on(victim, heir)}
         lanes = [lane for lane in self.queue.lanes() if lane.ready]
+        awaited = {lane.scope.adapter or "" for lane in lanes} - set(self._drains)
         while lanes and self._rows.free:
             lane = lanes.pop(0)
-            sequence, digest = lane.head, lane.scope.adapter
-            if digest is not None and not self._has_slot(lane, digest, running, now):
-                continue
+            sequence, digest, spare = lane.head, lane.scope.adapter, awaited
+            if digest is not None:
+                if self._patient(lane, now):
+                    spare = self._before(lane)
+                if digest in self._drains or not self._slots.can_have(digest, spare):
+                    self._block(lane, digest, running, now)
+                    continue
             if sequence.width > self._rows.free:
                 return
             self.queue.remove(sequence.key)
-            yield sequence, None if digest is None else self._slots.acquire(digest)
+            lane.blocked_since = None
+            yield sequence, None if digest is None else self._slots.acquire(digest, spare)
             if lane.waiting:
                 lanes.append(lane)
             lanes.sort(key=self.queue.rank)
 
-    def _has_slot(self, lane: Lane, digest: str, running: Collection[Sequence], now: float) -> bool:
-        """Whether the lane's adapter can be leased now; if it has waited for that long enough, a slot is drained."""
-        if digest in self._drains:
-            return False
-        if self._slots.can_have(digest):
-            lane.blocked_since = None
-            return True
+    def _patient(self, lane: Lane, now: float) -> bool:
+        return lane.blocked_since is not None and now - lane.blocked_since >= self._patience_s
+
+    def _before(self, lane: Lane) -> set[str]:
+        """The adapters of those whose turn comes before."""
+        mine = self.queue.rank(lane)
+        return {o.scope.adapter or "" for o in self.queue.lanes() if o.ready and self.queue.rank(o) < mine}
+
+    def _block(self, lane: Lane, digest: str, running: Collection[Sequence], now: float) -> None:
+        """No slot can be had: count the time, and once it is enough choose a slot to drain."""
         if lane.blocked_since is None:
             lane.blocked_since = now
-        if now - lane.blocked_since >= self._patience_s and digest not in self._drains.values():
+        heirs = self._drains.values()
+        if self._patient(lane, now) and not self._slots.holds(digest) and digest not in heirs:
             self._drain_for(lane, digest, running)
-        return False
 
     def _drain_for(self, lane: Lane, digest: str, running: Collection[Sequence]) -> None:
         """Choose the slot that this lane will have: of those whose turn comes later, or for whom nobody waits, the one
         that can be had the soonest."""
         if len(self._drains) >= max(1, self._slots.slots // 4):
             return
-        mine = self.queue.rank(lane)
-        before = {other.scope.adapter for other in self.queue.lanes() if other.ready and self.queue.rank(other) < mine}
-        spared = {*before, *self._slots.pinned, *self._drains}
+        spared = {*self._before(lane), *self._slots.pinned, *self._drains}
         left: dict[str, int] = {}
         for sequence in running:
             if sequence.adapter is not None and sequence.adapter not in spared:

@@ -78,6 +78,15 @@ class Scheduler:
         """Sequences not yet admitted, those with a loading adapter included."""
         return len(self._waiting)
 
+    def waiting_by(self) -> dict[str | None, int]:
+        """How many wait for each adapter, by digest; None is the base."""
+        return self._waiting.waiting_by()
+
+    def oldest_wait_s(self, now: float) -> float:
+        """How long the one has waited that waits longest."""
+        oldest = self._waiting.oldest()
+        return 0.0 if oldest is None else now - oldest.arrived_at
+
     @property
     def running(self) -> int:
         """Sequences that hold a row."""

@@ -7,7 +7,7 @@ adapter, nor is a pinned one. Of the others the least recently used goes first, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 
@@ -23,9 +23,8 @@ class _Slot:
     last_use: int = 0
     pinned: bool = False
 
-    @property
-    def can_go(self) -> bool:
-        return not self.leases and not self.pinned
+    def can_go_but(self, spare: Collection[str]) -> bool:
+        return not self.leases and not self.pinned and self.digest not in spare
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +53,9 @@ class SlotTable:
         """Whether the adapter lies in a slot now."""
         return digest in self._by_digest
 
-    def can_have(self, digest: str) -> bool:
+    def can_have(self, digest: str, spare: Collection[str] = ()) -> bool:
         """Whether `acquire` would succeed now."""
-        return digest in self._by_digest or any(s.digest is None or s.can_go for s in self._slots)
+        return digest in self._by_digest or any(s.digest is None or s.can_go_but(spare) for s in self._slots)
 
     @property
     def empty(self) -> int:
@@ -68,17 +67,17 @@ class SlotTable:
         """The adapters that are pinned."""
         return tuple(s.digest for s in self._slots if s.pinned and s.digest is not None)
 
-    def acquire(self, digest: str) -> Placement:
+    def acquire(self, digest: str, spare: Collection[str] = ()) -> Placement:
         """Lease the adapter's slot, placing it first if need be; see `place`."""
-        placement = self.place(digest)
+        placement = self.place(digest, spare)
         self._by_digest[digest].leases += 1
         return placement
 
-    def place(self, digest: str) -> Placement:
+    def place(self, digest: str, spare: Collection[str] = ()) -> Placement:
         """Give the adapter a slot without leasing it; one that has a slot counts as used just now.
 
         The caller has the adapter's verified tensors at hand: an eviction happens here, so nothing is evicted for a
-        newcomer that does not load. Raises NoSlotFree when every slot is leased or pinned.
+        newcomer that does not load. Raises NoSlotFree when every slot is leased, pinned, or holds one of `spare`.
         """
         slot = self._by_digest.get(digest)
         if slot is not None:
@@ -86,7 +85,7 @@ class SlotTable:
             return Placement(slot.index, install=False)
         slot = next((s for s in self._slots if s.digest is None), None)
         if slot is None:
-            slot = min((s for s in self._slots if s.can_go), key=lambda s: s.last_use, default=None)
+            slot = min((s for s in self._slots if s.can_go_but(spare)), key=lambda s: s.last_use, default=None)
         if slot is None:
             raise NoSlotFree
         evicted = slot.digest

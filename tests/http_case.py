@@ -26,6 +26,7 @@ from serving.api.server import uvicorn_config
 from serving.config import EdgeSettings
 from serving.gateway import Gateway
 from serving.metrics import Metrics
+from serving.warden import Warden
 from tests.adapter_factory import adapter_files, base_record
 from tests.fakes import VOCABULARY, ByteTokenizer, FakeEngine
 
@@ -42,6 +43,12 @@ class Case:
     registry: Registry
     settings: EdgeSettings
     metrics: Metrics
+
+    @property
+    def warden(self) -> Warden:
+        """What makes this edge follow the registry's decrees; `follow` once, or `run` it."""
+        found: Warden = self.app.state.services.warden
+        return found
 
     def publish(
         self, name: str = "summarize", seed: int = 0, *, promote: bool = True, fmt: PromptFormat | None = None
@@ -61,10 +68,15 @@ class Case:
 
 def make_case(folder: Path, engine: FakeEngine | None = None, **settings: Any) -> Case:
     """An edge with one base, `tiny`, and no adapters."""
-    engine = engine or FakeEngine()
     shutil.copytree(_home(), folder, dirs_exist_ok=True)
-    registry = Registry.open(Home.find(folder))
-    base = registry.base()
+    return open_case(Home.find(folder), engine, **settings)
+
+
+def open_case(home: Home, engine: FakeEngine | None = None, **settings: Any) -> Case:
+    """An edge on a home that is there, beside others perhaps; it gets the base if it has none."""
+    engine = engine or FakeEngine()
+    registry = Registry.open(home)
+    base = registry.add_base(base_record("tiny", vocab_size=VOCABULARY))
     chosen = EdgeSettings(**settings)
     gateway, metrics = build_gateway(engine, registry, base, ByteTokenizer(), chosen)
     return Case(build_app(gateway, registry, chosen, metrics), engine, gateway, registry, chosen, metrics)

@@ -75,7 +75,11 @@ class StrictRoute(APIRoute):
         return handle
 
     def _refusal(self, error: RequestValidationError, raw: object) -> InvalidRequest:
-        """The first thing wrong with a body or a parameter."""
+        """The first thing wrong with a parameter or a body."""
+        outside = next((e for e in error.errors() if e["loc"][0] != "body"), None)
+        if outside is not None:
+            name = str(outside["loc"][-1])
+            return InvalidRequest(f"{name}: {outside['msg']}.", name)
         found = [{**e, "loc": e["loc"][1:]} for e in error.errors()]
         annotation: object = None if self.body_field is None else self.body_field.field_info.annotation
         if isinstance(annotation, type) and issubclass(annotation, Closed):

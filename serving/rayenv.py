@@ -5,6 +5,16 @@ from __future__ import annotations
 import os
 import secrets
 
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ten rounds a second took 4 % of a core from the engine; a dead replica is found within half a second still.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # Ray's handler prints a stack trace on every SIGTERM and takes the signal from ours.
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
+}
+
 
 def prepare(*, ours: bool = True) -> None:
     """Nothing reported, nothing repeated on the terminal, and token authentication with a token of this run.
@@ -12,13 +22,8 @@ def prepare(*, ours: bool = True) -> None:
     ours False: for a cluster that runs already, whose token (RAY_AUTH_TOKEN, or Ray's own file) is the operator's to
     give; whether it asks for one is its own affair.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ten rounds a second took 4 % of a core from the engine; a dead replica is found within half a second still.
-    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
-    # Ray's handler prints a stack trace on every SIGTERM and takes the signal from ours.
-    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     if ours:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

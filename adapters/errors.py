@@ -23,7 +23,8 @@ LoraplaneError
 │   └── PayloadTooLarge
 ├── Overloaded                    come back in a moment
 │   ├── QueueFull
-│   └── AdapterCapacity           every slot is leased and the wait is full
+│   ├── AdapterCapacity           every slot is leased and the wait is full
+│   └── DeadlineUnreachable       it could not even start before its deadline
 ├── Unavailable                   the server, not the caller, is at fault
 │   ├── NotReady                  starting, restarting or draining
 │   ├── EngineLost                the engine died while it worked on this request
@@ -392,6 +393,15 @@ class DeadlineExceeded(LoraplaneError):
     """The request's deadline passed before it was complete."""
 
     code = "deadline_exceeded"
+
+
+class DeadlineUnreachable(Overloaded):
+    """The request would not have started before its deadline, so it was not let in; `retry_after_s` later it would."""
+
+    @property
+    def reason_code(self) -> str:
+        """One code for a deadline that passed and one that would have; the status tells them apart."""
+        return DeadlineExceeded.code
 
 
 class Cancelled(LoraplaneError):

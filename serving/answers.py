@@ -18,6 +18,7 @@ from adapters.errors import (
     AdapterUnloaded,
     Cancelled,
     DeadlineExceeded,
+    DeadlineUnreachable,
     EngineFault,
     EngineLost,
     InvalidRequest,
@@ -366,6 +367,9 @@ def engine_error(failed: Failed, model: str) -> LoraplaneError:
             )
         case AdapterUnloaded.code:
             return AdapterUnloaded(f"{model} was taken out of service; ask again, or ask another version.", hint)
+        case DeadlineExceeded.code if hint is not None:
+            why = "The server could not begin this request before its deadline; try again later, or give it more time."
+            return DeadlineUnreachable(why, hint)
         case DeadlineExceeded.code:
             return DeadlineExceeded("The request was not complete before its deadline.")
         case Cancelled.code:

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from adapters.records import MoveAction
 from serving.answers import Ended
-from serving.engine.request import EngineFacts, Heartbeat
+from serving.engine.request import BASE_LANE, OTHER_LANES, EngineFacts, Heartbeat
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_NAMED_ADAPTERS = 200
@@ -184,6 +184,7 @@ class Metrics:
         return adapter
 
 
+_NO_ADAPTERS = frozenset({BASE_LANE, OTHER_LANES})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 
 
@@ -192,7 +193,7 @@ class _EngineCollector(Collector):
 
     def __init__(self, model: str, look: Callable[[], EngineView], name_of: Callable[[str], str]) -> None:
         self._model, self._look, self._name_of = model, look, name_of
-        self._running: str | None = None
+        self._running: tuple[str, str] | None = None
         self._changed_at = 0.0
 
     def describe(self) -> Iterable[Metric]:
@@ -220,14 +221,15 @@ class _EngineCollector(Collector):
     def _adapters(self, beat: Heartbeat, facts: EngineFacts) -> Iterable[Metric]:
         running = sorted(self._name_of(s.digest) for s in beat.slots if s.leases)
         names = ",".join(running)
-        if names != self._running:
-            self._running, self._changed_at = names, time.time()
+        waiting = ",".join(sorted(self._lane(who) for who in beat.waiting_by if who not in _NO_ADAPTERS))
+        if (names, waiting) != self._running:
+            self._running, self._changed_at = (names, waiting), time.time()
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Running adapters; the value is the unix time of their last change.",
             labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         )
-        info.add_metric((str(facts.slots), names, ""), self._changed_at)
+        info.add_metric((str(facts.slots), names, waiting), self._changed_at)
         yield info
         loaded = GaugeMetricFamily(
             "vllm:lora_adapter_loaded", "1 for each resident adapter.", labels=("adapter_name", "level", "pinned")
@@ -250,6 +252,11 @@ class _EngineCollector(Collector):
         yield self._gauge("adapter_slots", "Device slots.", beat.slots_total)
         yield self._gauge("adapter_loading", "Adapters being loaded.", beat.loading)
         yield self._gauge("adapter_quarantined", "Adapters set aside for their numbers.", len(beat.quarantined))
+        waiting = GaugeMetricFamily("adapter_waiting", "Sequences that wait, by adapter.", labels=("adapter",))
+        for who, count in sorted(beat.waiting_by.items()):
+            waiting.add_metric((self._lane(who),), count)
+        yield waiting
+        yield self._gauge("engine_oldest_wait_seconds", "Of the sequence that waits longest.", beat.oldest_wait_s)
         yield self._gauge("adapter_host_bytes", "Bytes of adapters in host memory.", beat.host_bytes)
         yield self._gauge("engine_rows", "Rows of the batch.", beat.rows)
         yield self._gauge("engine_idle_seconds", "Since a token was produced or a probe passed.", beat.idle_s)
@@ -279,6 +286,9 @@ class _EngineCollector(Collector):
         for source, total in sorted(beat.load_seconds.items()):
             seconds.add_metric((source,), total)
         yield seconds
+
+    def _lane(self, who: str) -> str:
+        return who if who in _NO_ADAPTERS else self._name_of(who)
 
     def _cache_info(self, beat: Heartbeat) -> Metric:
         info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=("block_size", "num_gpu_blocks"))

@@ -8,7 +8,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,11 +19,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from serving.engine import fair
 from serving.engine.fair import Counters, FairQueue
 from serving.engine.plan import Key
-from serving.engine.request import Failed, Sampling, Submit
+from serving.engine.request import BASE_LANE, OTHER_LANES, Failed, Sampling, Submit
 from serving.engine.sequence import Sequence as Waiting
+from serving.metrics import EngineView, Metrics
+from tests.fakes import FakeEngine, error_body
+from tests.http_case import make_case
 from tests.scheduler_case import STEP_S, Asked, FakeHost, SchedulerCase
 
 SEED = 20261122
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 def percentile(figures: Sequence[int], share: float) -> int:
@@ -383,6 +393,54 @@ def test_forecasts_refuse_nobody_before_anything_was_seen() -> None:
     keys = [case.submit("a", deadline_s=1.0, tokens=2) for _ in range(300)]
     assert all(not case.asked[key].endings for key in keys)
     case.run()
+
+
+@pytest.mark.anyio
+async def test_a_deadline_refused_at_once_is_a_429_that_says_when_to_try_again(tmp_path: Path) -> None:
+    """Told apart by its status from a deadline that passed (504); the code is the same."""
+    case = make_case(tmp_path, FakeEngine(script=lambda s: [Failed(1, "deadline_exceeded", "in 9 s", 12.5)]))
+    async with case.client() as client:
+        answer = await client.post("/v1/completions", json={"model": "base", "prompt": "x"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "13")
+        assert error_body(answer)["code"] == "deadline_exceeded"
+        case.engine.script = lambda s: [Failed(1, "deadline_exceeded", "passed")]
+        answer = await client.post("/v1/completions", json={"model": "base", "prompt": "x"})
+        assert (answer.status_code, error_body(answer)["code"]) == (504, "deadline_exceeded")
+
+
+# -- what is told of those who wait --------------------------------------------------------------------------------
+
+
+def test_who_waits_is_told_by_adapter_up_to_a_bound_and_for_how_long() -> None:
+    case = SchedulerCase(rows=1, queue_limit=2000, host=FakeHost(usual_s=100.0))
+    for number in range(50):
+        for _ in range(50 - number):
+            case.submit(f"a{number}")
+    case.submit()
+    case.submit()
+    case.step()
+    told = case.scheduler.waiting_by()
+    assert len(told) == fair.TOLD + 1
+    assert (told["a0"], told["a19"], sum(told.values())) == (50, 31, case.scheduler.waiting)
+    assert told[OTHER_LANES] == sum(50 - number for number in range(20, 50)) + 1
+    assert case.scheduler.oldest_wait_s(case.now + 3.0) == pytest.approx(3.0 + STEP_S)
+
+
+def test_metrics_name_who_waits() -> None:
+    engine = FakeEngine()
+    assert engine.heartbeat is not None
+    beat = msgspec.structs.replace(
+        engine.heartbeat, waiting=9, waiting_by={"d" * 64: 4, BASE_LANE: 3, OTHER_LANES: 2}, oldest_wait_s=1.5
+    )
+    text = Metrics("tiny", look=lambda: EngineView(engine.facts, beat, 0.1, 9)).render().decode()
+    for line in (
+        'adapter_waiting{adapter="dddddddddddd"} 4.0',
+        'adapter_waiting{adapter="base"} 3.0',
+        'adapter_waiting{adapter="other"} 2.0',
+        "engine_oldest_wait_seconds 1.5",
+        'waiting_lora_adapters="dddddddddddd"',
+    ):
+        assert line in text
 
 
 # -- wide searches -------------------------------------------------------------------------------------------------

@@ -144,6 +144,8 @@ class Engine:
             pinned=self._slots.pinned,
             warm=self._keeper.warm,
             dropping=self._keeper.dropping,
+            waiting_by=s.waiting_by(),
+            oldest_wait_s=s.oldest_wait_s(self._now()),
         )
 
     def step(self) -> bool:

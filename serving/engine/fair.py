@@ -16,11 +16,12 @@ from typing import Generic, TypeVar
 
 from serving.engine.kv import Scope
 from serving.engine.plan import Key
+from serving.engine.request import BASE_LANE, OTHER_LANES
 from serving.engine.sequence import Sequence
 
 INPUT, OUTPUT = 1, 2  # what a token of a prompt and a token of an answer count
 KEPT = 4096  # counters that are remembered; of the idle, those that owe the least are forgotten first
-
+TOLD = 20  # lanes whose length heartbeats tell one by one
 Rank = tuple[int, int, int]
 _Who = TypeVar("_Who", bound=Hashable)
 
@@ -208,12 +209,14 @@ class FairQueue:
         del theirs[scope.salt]
         return count + _before(tenant, count, [(self._tenants.of(t), waits) for t, waits in theirs.items()], cost)
 
-    def waiting_by(self) -> dict[str | None, int]:
-        """How many wait for each adapter; None is the base."""
-        found: Counter[str | None] = Counter()
+    def waiting_by(self) -> dict[str, int]:
+        """How many wait for each adapter, of those with the most, for the base, and for all others together."""
+        found: Counter[str] = Counter()
         for lane in self._lanes.values():
-            found[lane.scope.adapter] += len(lane.waiting)
-        return dict(found)
+            found[lane.scope.adapter or BASE_LANE] += len(lane.waiting)
+        told = dict(found.most_common(TOLD))
+        rest = found.total() - sum(told.values())
+        return {**told, OTHER_LANES: rest} if rest else told
 
     def oldest(self) -> Sequence | None:
         """Who waits longest."""

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 import msgspec
 
+BASE_LANE, OTHER_LANES = "base", "other"
 LOAD_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -255,7 +256,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     idle_s: seconds since a token was decoded or an idle probe passed. Counters only grow until the engine restarts;
     prompt_tokens: of all prompts that were begun; reused_tokens: how many of these lay in the cache already.
     load_histograms: by source, how many loads took at most each of LOAD_BUCKETS_S, and all of them last. evicted: by
-    tier. healed: damaged files of the disk tier that were made anew.
+    tier. healed: damaged files of the disk tier that were made anew. waiting_by: how many wait for an adapter, of
+    those with the most by digest, for the base (BASE_LANE) and for all others (OTHER_LANES). oldest_wait_s: of who
+    waits longest.
     """
 
     running: int
@@ -289,6 +292,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     load_histograms: dict[str, tuple[int, ...]] = {}
     evicted: dict[str, int] = {}
     healed: int = 0
+    waiting_by: dict[str, int] = {}
+    oldest_wait_s: float = 0.0
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):

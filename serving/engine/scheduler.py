@@ -78,8 +78,8 @@ class Scheduler:
         """Sequences not yet admitted, those with a loading adapter included."""
         return len(self._waiting)
 
-    def waiting_by(self) -> dict[str | None, int]:
-        """How many wait for each adapter, by digest; None is the base."""
+    def waiting_by(self) -> dict[str, int]:
+        """How many wait for each adapter; see Heartbeat."""
         return self._waiting.waiting_by()
 
     def oldest_wait_s(self, now: float) -> float:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
 import structlog
 
 from adapters.errors import (
@@ -31,6 +32,7 @@ from serving.engine.breaker import Doubt
 from serving.engine.request import Event, Failed, Finished, FinishReason, PromptLogprobs, Timing, Tokens
 from serving.resolver import Weights
 from serving.text import AnswerText, Emission, TokenInfo
+from serving.timing import engine_s, server_timing, spans
 
 log = structlog.get_logger(__name__)
 
@@ -109,6 +111,15 @@ class Track:
     finish: FinishReason | None = None
     timing: Timing | None = None
     reused: int = 0
+    begun: Timing | None = None
+    begun_at: float = 0.0
+
+    @property
+    def spent(self) -> Timing | None:
+        """Where its time went; of one that the gateway ended at a stop text, until its last token came."""
+        if self.timing is not None or self.begun is None or self.last_at is None:
+            return self.timing
+        return msgspec.structs.replace(self.begun, decode_s=self.last_at - self.begun_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +174,21 @@ class Answer:
     _timer: asyncio.TimerHandle | None = None
     _outcome: str = "cancelled"
     _closed: bool = False
+    _total_s: float = 0.0
 
     @property
     def usage(self) -> Usage:
         """Tokens computed so far."""
         cached = sum(s.reused for s in self.sequences if s.index % self.head.n == 0)
         return Usage(self.head.prompt_tokens, sum(s.text.num_tokens for s in self.sequences), cached)
+
+    def server_timing(self) -> str:
+        """Where the time went as the header `server-timing` tells it: until the first token, or, once the answer is
+        over, of the choice that took longest."""
+        if not self._closed:
+            return "" if self.timing is None else server_timing(spans(self.timing), self.monotonic() - self.started)
+        timings = [t for s in self.sequences if (t := s.spent) is not None]
+        return server_timing(spans(max(timings, key=engine_s)), self._total_s) if timings else ""
 
     async def begin(self) -> None:
         """Start the sequences and wait for the first token.
@@ -250,7 +270,7 @@ class Answer:
         self.on_close()
         reasons = tuple(s.finish.value for s in self.sequences if s.finish is not None)
         head = self.head
-        total = self.monotonic() - self.started
+        self._total_s = total = self.monotonic() - self.started
         self.observer.ended(
             Ended(
                 head.weights,
@@ -294,6 +314,7 @@ class Answer:
             self._clock(sequence)
             if note.timing is not None:
                 sequence.reused = note.timing.reused
+                sequence.begun, sequence.begun_at = note.timing, sequence.last_at or 0.0
             emission = sequence.text.push(note.ids, note.logprobs)
             if emission.stopped:
                 _stop(sequence)

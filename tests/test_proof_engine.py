@@ -14,8 +14,9 @@ from serving.engine.breaker import FIRST_S, Doubt
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.plan import StepPlan, StepResult
-from serving.engine.request import Failed
+from serving.engine.request import Failed, Finished
 from serving.engine.runner import Runner
+from serving.timing import engine_s, spans
 from tests.engine_case import EngineCase, load_tiny, read_peft
 from tests.tiny_base import Oracle, save_adapter, save_tiny_base
 
@@ -292,3 +293,22 @@ def test_cancels_and_evictions_amid_a_replay_leave_nothing_behind(bench: Bench) 
     assert sorted(case.engine._proofs._free) == [9, 10, 11]
     assert case.scheduler.balanced()
     assert case.slots.leases == 0
+
+
+def test_what_a_sequence_waits_for_proof_counts_as_device_time_and_all_its_spans_as_the_whole(bench: Bench) -> None:
+    case = bench.case(chunk=4)
+    cold = case.submit(PROMPT, "a")
+    case.run()
+    warm = case.submit(PROMPT, "a")
+    case.run()
+    for key, waits in ((cold, True), (warm, False)):
+        ending = case.answers[key].endings[0]
+        assert isinstance(ending, Finished)
+        assert (ending.timing.device_s > 0) is waits
+        assert min(spans(ending.timing).values()) >= 0
+    before = case.now()
+    key = case.submit(PROMPT, "b")
+    case.run()
+    ending = case.answers[key].endings[0]
+    assert isinstance(ending, Finished)
+    assert engine_s(ending.timing) == pytest.approx(case.now() - before, abs=0.011)  # the last step ends when it began

@@ -201,8 +201,7 @@ def answer_headers(answer: Answer, body: Generation) -> dict[str, str]:
     if timing is not None:
         if answer.head.weights.adapter is not None:
             found["x-adapter-cache"] = timing.source
-        spans = {"queue": timing.queue_s, "load": timing.load_s, "prefill": timing.prefill_s}
-        found["server-timing"] = ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in spans.items())
+        found["server-timing"] = answer.server_timing()
     if answer.head.taken is not None:
         found["x-adapter-arm"] = answer.head.taken.arm.value
     ignored = body.ignored_fields()

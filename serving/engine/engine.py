@@ -160,6 +160,7 @@ class Engine:
         for digest, placement in installs:
             out += self._install(digest, placement)
         out += self._show_effect()
+        self._mark_proven()
         golden = self._proofs.rows(self._slots.slot_of, self._scheduler.prompt_room // 2)
         plan = self._scheduler.plan(golden, self._proofs.pending)
         if plan.scrub or plan.copies:
@@ -174,6 +175,7 @@ class Engine:
             self._tokens += good
             for digest in self._proofs.settle(plan, result):
                 out += self._doubt(digest, Doubt.GOLDEN_MISMATCH)
+            self._mark_proven()
             out += self._scheduler.settle(plan, result, done)
         if out:
             self._sink(out)
@@ -211,6 +213,10 @@ class Engine:
             return self._doubt(digest, Doubt.SLOT_CONTENTS)
         self._proofs.installed(digest, adapter)
         return []
+
+    def _mark_proven(self) -> None:
+        for digest in self._proofs.proven():
+            self._scheduler.proven(digest, self._now())
 
     def _holds(self, slot: int, adapter: HostAdapter) -> bool:
         try:

@@ -66,6 +66,7 @@ class Proofs(Generic[Adapter]):
         self._effects: dict[str, Adapter] = {}
         self._proven: OrderedDict[str, int] = OrderedDict()  # digest -> how often it was
         self._replayable = bool(spare_rows)
+        self._latest: list[str] = []
 
     @property
     def pending(self) -> frozenset[str]:
@@ -138,6 +139,11 @@ class Proofs(Generic[Adapter]):
                 self._settle(replay.digest)
         return tuple(failed)
 
+    def proven(self) -> tuple[str, ...]:
+        """What has proven itself since this was asked last."""
+        latest, self._latest = tuple(self._latest), []
+        return latest
+
     def _end(self, replay: _Replay) -> None:
         self._replays.remove(replay)
         if replay.row is not None:
@@ -146,6 +152,7 @@ class Proofs(Generic[Adapter]):
     def _settle(self, digest: str) -> None:
         if digest in self.pending:
             return
+        self._latest.append(digest)
         self._proven[digest] = self._proven.pop(digest, 0) + 1
         if len(self._proven) > _KEPT:
             self._proven.popitem(last=False)

@@ -167,7 +167,7 @@ class Timing(msgspec.Struct, frozen=True):
     """Where a sequence's time went, in seconds. `source`: which tier the adapter came from.
 
     reused: prompt tokens whose keys and values were there already. load: of its adapter, if this sequence waited
-    for that.
+    for that. device_s: until the adapter lay in its slot and had proven to; prefill_s begins after it.
     """
 
     queue_s: float = 0.0
@@ -177,6 +177,7 @@ class Timing(msgspec.Struct, frozen=True):
     source: str = "device"
     reused: int = 0
     load: LoadTimes | None = None
+    device_s: float = 0.0
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):

@@ -323,6 +323,12 @@ class Scheduler:
             yield Tokens(number, shown, (), sequence.timing(now))
         yield self._finish(sequence, FinishReason.STOP if ended else FinishReason.LENGTH, now)
 
+    def proven(self, digest: str, now: float) -> None:
+        """An adapter that was installed is in its slot, and nobody waits for that any more."""
+        for sequence in self._running.values():
+            if sequence.adapter == digest and not sequence.proven_at:
+                sequence.proven_at = now
+
     def abandon(
         self, digest: str, message: str, code: str = "adapter_load_failed", retry_after_s: float | None = None
     ) -> list[Outgoing]:

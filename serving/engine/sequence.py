@@ -30,6 +30,7 @@ class Sequence:
     turn: int = 0
     loaded_at: float | None = None
     admitted_at: float = 0.0
+    proven_at: float = 0.0
     first_token_at: float = 0.0
     source: str = "device"
     load: LoadTimes | None = None
@@ -73,12 +74,14 @@ class Sequence:
         admitted = self.admitted_at or now
         loaded = min(self.loaded_at or self.arrived_at, admitted)
         first = self.first_token_at or now
+        begun = min(max(admitted, self.proven_at), first)
         return Timing(
             queue_s=max(0.0, admitted - loaded),
             load_s=max(0.0, loaded - self.arrived_at),
-            prefill_s=max(0.0, first - admitted),
+            prefill_s=max(0.0, first - begun),
             decode_s=max(0.0, now - first),
             source=self.source,
             reused=self.reused,
             load=self.load,
+            device_s=begun - admitted,
         )

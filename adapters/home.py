@@ -27,12 +27,14 @@ class Home:
     """The folder `$LORAPLANE_HOME` (default `~/.loraplane`) and the names of what lies in it."""
 
     root: Path
+    store: str = ""
 
     @classmethod
-    def find(cls, root: Path | str | None = None) -> Home:
+    def find(cls, root: Path | str | None = None, store: str | None = None) -> Home:
         """The home given, or of the environment, or the default; made if absent, for its owner's eyes only.
 
-        Raises HomeUnusable when it cannot be made.
+        store: where blobs lie that several machines share, a folder or any URL of fsspec; else LORAPLANE_STORE says it,
+        and nothing means that the home's own blobs are all there are. Raises HomeUnusable when it cannot be made.
         """
         wanted = root or os.environ.get("LORAPLANE_HOME") or "~/.loraplane"
         try:
@@ -41,7 +43,7 @@ class Home:
             raise HomeUnusable(f"{wanted} names no folder here; set LORAPLANE_HOME to a folder of yours") from None
         with usable(chosen):
             chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return cls(chosen)
+        return cls(chosen, store or os.environ.get("LORAPLANE_STORE", ""))
 
     @property
     def database(self) -> Path:
@@ -55,6 +57,11 @@ class Home:
     @property
     def blobs(self) -> Path:
         return self.root / "blobs"
+
+    @property
+    def packed(self) -> Path:
+        """Adapters as engines install them: a cache, which may be deleted."""
+        return self.root / "packed"
 
     @property
     def bases(self) -> Path:

@@ -54,6 +54,7 @@ from adapters.records import (
 from adapters.reports import GatePolicy, Report
 from adapters.rows import base_row, checked_facts, line, text, version_row
 from adapters.schema import Database
+from adapters.shared_store import open_shared
 from adapters.shelf import Shelf, chosen_base
 from adapters.standings import Standings
 from adapters.store import BlobStore
@@ -88,7 +89,8 @@ class Registry:
     @classmethod
     def open(cls, home: Home, tenant: str = DEFAULT_TENANT) -> Registry:
         """The registry of a home: its tables brought up to date, leftovers of killed writers removed."""
-        return cls(Database(home.database_url), BlobStore(home.blobs), home.root, tenant)
+        store = BlobStore(home.blobs, shared=open_shared(home.store))
+        return cls(Database(home.database_url), store, home.root, tenant)
 
     def close(self) -> None:
         """Let go of the database."""

@@ -2,6 +2,9 @@
 
 blobs/sha256/ab/abcdef...   immutable, read-only files
 blobs/tmp/...               what writers hold now; left behind only by a writer that was killed
+
+Behind the folder there may be a shared store (see shared_store): what is written goes to both, and what the folder
+lacks, or has only rotten, comes from there.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 from adapters.errors import DigestMismatch, InvalidRequest, PayloadTooLarge, RecordNotFound, StoreFailed
 
@@ -27,6 +30,17 @@ LEFTOVER_AGE_S = 60.0
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 Source: TypeAlias = bytes | Path | Iterable[bytes | memoryview]
+_T = TypeVar("_T")
+
+
+class Shared(Protocol):
+    """Blobs that several machines share."""
+
+    def read(self, digest: str) -> bytes:
+        """A blob's bytes, checked. Raises RecordNotFound; StoreFailed when it cannot be read or has rotted."""
+
+    def write(self, digest: str, source: Path) -> None:
+        """Put a blob there, whole or not at all. Its bytes were digested by the caller. Raises StoreFailed."""
 
 
 @dataclass(slots=True)
@@ -37,11 +51,14 @@ class Staged:
     size_bytes: int
     path: Path
     _target: Path
+    _shared: Shared | None = None
     committed: bool = False
 
     def commit(self) -> str:
         """Make the blob durable under its digest, which is returned. Doing it twice is harmless."""
         if not self.committed:
+            if self._shared is not None:
+                self._shared.write(self.digest, self.path)
             with _as_store_failure("keep a blob"):
                 _make_folder(self._target.parent)
                 # Also over a blob that is there: these bytes were just digested, the old ones may have rotted.
@@ -57,8 +74,9 @@ class BlobStore:
     Opening it removes what killed writers left behind. A full or failing disk raises StoreFailed.
     """
 
-    def __init__(self, root: Path, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, root: Path, now: Callable[[], float] = time.time, shared: Shared | None = None) -> None:
         self.root = root
+        self._shared = shared
         self._blobs = root / "sha256"
         self._staging = root / "tmp"
         with _as_store_failure("open the blob store"):
@@ -78,7 +96,7 @@ class BlobStore:
             digest, size = self._fill(descriptor, source, max_bytes)
             if declared is not None and digest != declared:
                 raise DigestMismatch(declared, digest)
-            staged = Staged(digest, size, path, self.path(digest))
+            staged = Staged(digest, size, path, self.path(digest), self._shared)
             yield staged
         finally:
             # The descriptor carries the lock that keeps the sweep of another process away from this file.
@@ -97,29 +115,66 @@ class BlobStore:
         return self._blobs / digest[:2] / digest
 
     def has(self, digest: str) -> bool:
-        """Whether the blob is there. Its bytes are not looked at."""
+        """Whether the blob is in the folder. Its bytes are not looked at."""
         return self.path(digest).is_file()
 
     def open(self, digest: str) -> BufferedReader:
-        """The blob for reading, unverified. Raises RecordNotFound."""
+        """The blob of the folder for reading, unverified. Raises RecordNotFound."""
         try:
             return self.path(digest).open("rb")
         except FileNotFoundError:
             raise RecordNotFound(f"no blob {digest} is stored") from None
 
     def read_verified(self, digest: str) -> bytes:
-        """The blob's bytes, checked. Raises RecordNotFound; StoreFailed when they have rotted."""
+        """The blob's bytes, checked. Raises RecordNotFound; StoreFailed when they have rotted.
+
+        What only the shared store has lies in the folder from then on.
+        """
+        return self._mended(digest, lambda: self._read(digest))
+
+    def fetch(self, digest: str) -> bytes:
+        """As `read_verified`, for bytes that are needed once: the folder keeps none that it had not."""
+        try:
+            return self._read(digest)
+        except RecordNotFound:
+            if self._shared is None:
+                raise
+            return self._shared.read(digest)
+        except StoreFailed:
+            return self.read_verified(digest)
+
+    def verify(self, digest: str) -> Path:
+        """The blob's path after its bytes were checked. Raises and keeps as `read_verified`."""
+        return self._mended(digest, lambda: self._verify(digest))
+
+    def _read(self, digest: str) -> bytes:
         with _as_store_failure("read a blob"), self.open(digest) as file:
             data = file.read()
         self._check(digest, hashlib.sha256(data).hexdigest())
         return data
 
-    def verify(self, digest: str) -> Path:
-        """The blob's path after its bytes were checked. Raises RecordNotFound; StoreFailed when they have rotted."""
+    def _verify(self, digest: str) -> Path:
         with _as_store_failure("read a blob"), self.open(digest) as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
         self._check(digest, actual)
         return self.path(digest)
+
+    def _mended(self, digest: str, read: Callable[[], _T]) -> _T:
+        """What is read of the folder, once the shared store has made good what is missing or rotten there."""
+        try:
+            return read()
+        except (RecordNotFound, StoreFailed):
+            if self._shared is None:
+                raise
+        data = self._shared.read(digest)
+        descriptor, path = self._temporary()
+        try:
+            self._fill(descriptor, data, None)
+            Staged(digest, len(data), path, self.path(digest)).commit()
+        finally:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+        return read()
 
     def _check(self, digest: str, actual: str) -> None:
         if actual != digest:

@@ -1,127 +1,175 @@
-"""Brings adapters from the store into host memory: single flight per digest, off the step loop, within a byte budget.
+"""The host tier: brings adapters into host memory and keeps them there, single flight per digest, within a budget.
 
 All state belongs to the engine's thread: workers only read and check, and their results are taken in by `poll`. So
 nothing here locks, a cancelled request cannot leave a load half done, and one slow read delays only its own adapter.
+
+An adapter's life here: absent -> loading -> held, or failed until a time. Only `poll`, `drop` and `want` move it.
 """
 
 from __future__ import annotations
 
-import json
 import queue
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from bisect import bisect_left
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
-import torch
-from torch import Tensor
+import structlog
 
-from adapters.base_weights import BaseWeights
-from adapters.errors import AdapterLoadFailed, LoraplaneError
-from adapters.families import is_head, lies_transposed
-from adapters.golden import golden_from_json
-from adapters.spec import AdapterSpec, parse_spec
-from adapters.store import BlobStore
-from adapters.tensor_file import TensorView
-from adapters.weights import CanonicalWeights, check_shapes, open_weights
-from serving.dora import gain
-from serving.engine.config import EngineConfig
-from serving.engine.lora import End, HostAdapter
+from adapters.errors import AdapterLoadFailed, AdapterRefused, LoraplaneError, Unavailable
+from serving.engine.demand import Demand
+from serving.engine.lora import HostAdapter
 from serving.engine.plan import Load, LoadState
+from serving.engine.request import LOAD_BUCKETS_S, LoadTimes
+from serving.load_workers import BUILD, DISK, STORE, WRITE, ThreadWorkers, Workers
 
-_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_UNDER_WAY = 64
+MAX_WRITES = 8  # adapters that wait to be written below; beyond them one stays unwritten
+LONGEST_REFUSAL_S = 60.0
+FAILURES_KEPT = 4096
+AWAITED_S = 5.0  # what nobody has wanted for so long, nobody waits for
+_log = structlog.get_logger()
 
-
-def read_adapter(config: EngineConfig, digest: str, dtype: torch.dtype) -> HostAdapter:
-    """The adapter of a digest, every byte checked against it, scaled and in the compute dtype.
-
-    Raises LoraplaneError when the store lacks it, holds other bytes, or it does not fit this base.
-    """
-    store = BlobStore(Path(config.blobs))
-    manifest = json.loads(store.read_verified(digest))
-    if manifest["base"] != config.base_digest:
-        raise AdapterLoadFailed(f"adapter {digest[:12]} belongs to another base", retry_after_s=None)
-    spec = parse_spec(store.read_verified(manifest["config"]))
-    weights = open_weights(store.verify(manifest["weights"]))
-    check_shapes(weights, config.modules, spec, config.max_rank)
-    adapter = host_adapter(digest, weights, spec, dtype, Path(config.base_folder), config.family)
-    return replace(adapter, golden=golden_from_json(manifest.get("golden", [])))
-
-
-def host_adapter(
-    digest: str, weights: CanonicalWeights, spec: AdapterSpec, dtype: torch.dtype, base_folder: Path, family: str
-) -> HostAdapter:
-    """Checked weights as the engine installs them, in dtype; see HostAdapter.
-
-    base_folder: where the base lies; its files are read for DoRA, whose gains depend on the base's weights.
-    """
-    base = BaseWeights(base_folder) if weights.magnitudes else None
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    gains: dict[str, Tensor] = {}
-    ends: dict[str, End] = {}
-    for module, (a, b) in weights.tensors.items():
-        scaled = _tensor(b).float() * spec.scale_of(module)
-        factor = None
-        if base is not None:
-            magnitude = _tensor(weights.magnitudes[module]).float()
-            factor = gain(base, module, lies_transposed(family, module), _tensor(a).float(), scaled, magnitude)
-            scaled = scaled * factor[:, None]
-        low = scaled.to(dtype).T.contiguous()
-        if module in weights.embeddings:
-            ends["embedding"] = End(_tensor(a).to(dtype, copy=True).T.contiguous(), low, factor)
-        elif is_head(module):
-            ends["head"] = End(_tensor(a).to(dtype, copy=True), low, factor)
-        else:
-            pairs[module] = (_tensor(a).to(dtype, copy=True), low)
-            if factor is not None:
-                gains[module] = factor
-    return HostAdapter(digest, weights.rank, pairs, gains, **ends)
-
-
-def _tensor(view: TensorView) -> Tensor:
-    raw = torch.frombuffer(view.buffer, dtype=_TORCH[view.dtype])
-    return raw.reshape(view.shape)
+Bringing = Generator[str, None, HostAdapter]
+"""A load: it yields the pool that its next part is to run in; the first runs in the disk's."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
+class Figures:
+    """The disk tier in numbers: adapters and bytes there, its bound, damaged files made anew, evictions."""
+
+    count: int = 0
+    bytes: int = 0
+    budget_bytes: int = 0
+    healed: int = 0
+    evictions: int = 0
+
+
+class Below(Protocol):
+    """The tiers below the host's, beside their reading. `keep` and `drop` run in the pool that writes."""
+
+    @property
+    def figures(self) -> Figures:
+        """What lies there."""
+
+    def keep(self, adapter: HostAdapter, times: LoadTimes) -> None:
+        """Keep what came from the store nearer than there."""
+
+    def drop(self, digest: str) -> None:
+        """Forget an adapter."""
+
+    def bytes_of(self, digest: str) -> int:
+        """Bytes of an adapter there; 0 when it is not. Does not wait."""
+
+
+class Nothing:
+    """No tier below that keeps anything."""
+
+    figures = Figures()
+
+    def keep(self, adapter: HostAdapter, times: LoadTimes) -> None:
+        """See Below."""
+
+    def drop(self, digest: str) -> None:
+        """See Below."""
+
+    def bytes_of(self, digest: str) -> int:
+        """See Below."""
+        return 0
+
+
+@dataclass(slots=True)
+class _Loading:
+    """A load, begun or not. Once begun it belongs to whichever thread runs it, until that hands it back."""
+
     digest: str
-    adapter: HostAdapter | None
-    failure: tuple[str, str]
-    seconds: float
+    wanted_at: float
+    queued_at: float
+    begun: bool = False
+    steps: Bringing | None = None
+    pool: str = DISK
+    queue_s: float = 0.0
+    spent_s: dict[str, float] = field(default_factory=dict)
+    adapter: HostAdapter | None = None
+    error: Exception | None = None
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, as far as it is known."""
+        # Asked while another thread writes: each of these looks at one key only.
+        return STORE if self.pool != DISK or STORE in self.spent_s else DISK
+
+    @property
+    def times(self) -> LoadTimes:
+        """What it took."""
+        host_s = self.spent_s.get(BUILD, 0.0)
+        size = 0 if self.adapter is None else self.adapter.size_bytes
+        return LoadTimes(self.source, self.queue_s, sum(self.spent_s.values()) - host_s, host_s, bytes=size)
+
+
+@dataclass(slots=True)
+class _Held:
+    """An adapter on the host. fresh: nobody has taken it yet."""
+
+    adapter: HostAdapter
+    bytes: int
+    times: LoadTimes
+    wanted_at: float
+    turn: int
+    fresh: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    code: str
+    """Why an adapter is refused, and until when; refused_s: for how long. permanent: trying again will not help."""
+
     message: str
     until: float
+    refused_s: float
+    permanent: bool
 
 
 @dataclass(slots=True)
 class LoadCounts:
-    """How often, and for how long, adapters were brought from where; keys are tiers, `failed` among them."""
+    """How often, and for how long, adapters were brought from where; keys are tiers, `failed` among them.
+
+    histograms: by key, loads that took at most each of LOAD_BUCKETS_S, and all of them last.
+    """
 
     loads: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    _buckets: dict[str, list[int]] = field(default_factory=dict)
 
     def count(self, source: str, seconds: float) -> None:
         """Book one load."""
         self.loads[source] = self.loads.get(source, 0) + 1
         self.seconds[source] = self.seconds.get(source, 0.0) + seconds
+        buckets = self._buckets.setdefault(source, [0] * (len(LOAD_BUCKETS_S) + 1))
+        buckets[bisect_left(LOAD_BUCKETS_S, seconds)] += 1
+
+    @property
+    def histograms(self) -> dict[str, tuple[int, ...]]:
+        """See LoadCounts."""
+        found: dict[str, tuple[int, ...]] = {}
+        for source, buckets in self._buckets.items():
+            total = 0
+            found[source] = tuple(total := total + count for count in buckets)
+        return found
 
 
 class HostTier:
-    """Adapters in host memory. `read` runs on worker threads; `wake` is called there when a result is ready.
+    """Adapters in host memory. read: an adapter, at once or as Bringing; it runs on worker threads, where `wake` is
+    called too once a result is ready.
 
-    budget_bytes bounds what is kept; the least recently wanted go first, and a newcomer is verified before any goes.
+    budget_bytes bounds what is kept. A newcomer is verified before any goes; those go first that are asked for little,
+    large, and quick to have again. demand: who is asked for; below: what keeps adapters nearer than the store.
     """
 
     def __init__(
         self,
-        read: Callable[[str], HostAdapter],
+        read: Callable[[str], HostAdapter | Bringing],
         *,
         budget_bytes: int,
         workers: int,
@@ -129,16 +177,24 @@ class HostTier:
         wake: Callable[[], None],
         now: Callable[[], float] = time.monotonic,
         begin: Callable[[], None] | None = None,
+        pools: Workers | None = None,
+        demand: Demand | None = None,
+        below: Below | None = None,
     ) -> None:
         self._read, self._budget, self._wake, self._now = read, budget_bytes, wake, now
         self._negative_cache_s = negative_cache_s
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="adapter-load", initializer=begin)
-        self._results: queue.SimpleQueue[_Loaded] = queue.SimpleQueue()
-        self._held: OrderedDict[str, HostAdapter] = OrderedDict()
-        self._loading: set[str] = set()
+        self._pools = pools or ThreadWorkers(workers, begin)
+        self.below = below or Nothing()
+        self._results: queue.SimpleQueue[_Loading] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._held: dict[str, _Held] = {}
+        self._loading: dict[str, _Loading] = {}
+        self._begun = self._writes = self._turn = 0
         self._failed: dict[str, _Failure] = {}
-        self._fresh: set[str] = set()
         self._kept: set[str] = set()
+        self.held_bytes = 0
+        self.evictions = 0
+        self.demand = demand or Demand(now)
         self.counts = LoadCounts()
 
     @property
@@ -150,63 +206,53 @@ class HostTier:
     def budget_bytes(self) -> int:
         return self._budget
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of all adapters on the host."""
-        return sum(a.size_bytes for a in self._held.values())
-
     def digests(self) -> tuple[str, ...]:
         """What is on the host, least recently wanted first."""
-        return tuple(self._held)
+        return tuple(sorted(self._held, key=lambda digest: self._held[digest].turn))
 
     def want(self, digest: str) -> LoadState:
         """Where the adapter is; starts its load if it is nowhere. Never blocks."""
-        if digest in self._held:
-            self._held.move_to_end(digest)
-            return LoadState(Load.READY, source="store" if digest in self._fresh else "host")
-        failure = self._failed.get(digest)
-        if failure is not None:
-            wait = failure.until - self._now()
-            if wait > 0:
-                return LoadState(Load.FAILED, (failure.code, failure.message), retry_after_s=wait)
-            del self._failed[digest]
-        if digest not in self._loading:
-            self._loading.add(digest)
-            self._pool.submit(self._load, digest)
-        return LoadState(Load.LOADING, source="store")
+        now = self._now()
+        held = self._held.get(digest)
+        if held is not None:
+            self._turn += 1
+            held.turn, held.wanted_at = self._turn, now
+            times = held.times if held.fresh else None
+            return LoadState(Load.READY, source=held.times.source if held.fresh else "host", times=times)
+        loading = self._loading.get(digest)
+        if loading is None:
+            failure = self._failed.get(digest)
+            if failure is not None and now < failure.until:
+                wait = None if failure.permanent else failure.until - now
+                return LoadState(Load.FAILED, (AdapterLoadFailed.code, failure.message), retry_after_s=wait)
+            loading = self._loading[digest] = _Loading(digest, now, now)
+            self._begin_some()
+        loading.wanted_at = now
+        return LoadState(Load.LOADING, source=loading.source)
 
     def source_of(self, digest: str) -> str:
         """The tier that the adapter lies in now, as far as is known: host, disk or store. Starts nothing."""
-        return "host" if digest in self._held else "store"
+        if digest in self._held:
+            return "host"
+        return DISK if self.below.bytes_of(digest) else STORE
 
-    def take(self, digest: str) -> HostAdapter:
-        """The tensors of an adapter that `want` called READY. Raises KeyError otherwise."""
-        self._fresh.discard(digest)
-        return self._held[digest]
+    def take(self, digest: str) -> tuple[HostAdapter, LoadTimes]:
+        """An adapter that `want` called READY, and what its load took, which is told once. Raises KeyError."""
+        held = self._held[digest]
+        times = held.times if held.fresh else LoadTimes("host", bytes=held.bytes)
+        held.fresh = False
+        return held.adapter, times
 
     def poll(self) -> None:
-        """Take in what the workers finished, then drop what the budget no longer holds."""
-        while True:
-            try:
-                done = self._results.get_nowait()
-            except queue.Empty:
-                break
-            if done.digest not in self._loading:  # dropped meanwhile
-                continue
-            self._loading.discard(done.digest)
-            if done.adapter is None:
-                self._failed[done.digest] = _Failure(*done.failure, until=self._now() + self._negative_cache_s)
-                self.counts.count("failed", done.seconds)
-                continue
-            self._held[done.digest] = done.adapter
-            self._fresh.add(done.digest)
-            self.counts.count("store", done.seconds)
-        self._failed = {d: f for d, f in self._failed.items() if self._now() < f.until}
-        held = self.held_bytes
-        for digest in [d for d in self._held if d not in self._kept][:-1]:
-            if held <= self._budget:
-                break
-            held -= self.drop(digest)
+        """Take in what the workers finished, drop what the budget no longer holds, begin what may begin."""
+        while not self._written.empty():
+            self._written.get_nowait()
+            self._writes -= 1
+        while not self._results.empty():
+            self._settle(self._results.get_nowait())
+        if self.held_bytes > self._budget:
+            self._evict()
+        self._begin_some()
 
     def keep(self, digest: str) -> bool:
         """Hold on to an adapter whatever the budget wants; False when what is kept would then exceed the budget.
@@ -214,7 +260,7 @@ class HostTier:
         Raises KeyError for an adapter that is not on the host.
         """
         kept = self._kept | {digest}
-        if sum(self._held[d].size_bytes for d in kept) > self._budget:
+        if sum(self._held[d].bytes for d in kept) > self._budget:
             return False
         self._kept = kept
         return True
@@ -224,30 +270,136 @@ class HostTier:
         self._kept.discard(digest)
 
     def bytes_of(self, digest: str) -> int:
-        """Bytes of an adapter on the host; 0 when it is not there."""
-        return self._held[digest].size_bytes if digest in self._held else 0
+        """Bytes of an adapter on the host; 0 when it is not there. Starts nothing."""
+        held = self._held.get(digest)
+        return 0 if held is None else held.bytes
 
     def drop(self, digest: str) -> int:
-        """Forget an adapter; how many bytes that freed. A load of it that is under way ends in nothing."""
-        self._fresh.discard(digest)
+        """Forget an adapter here and on the tiers below; how many bytes that frees.
+
+        A load of it that is under way ends in nothing.
+        """
         self._kept.discard(digest)
-        self._loading.discard(digest)
-        adapter = self._held.pop(digest, None)
-        return 0 if adapter is None else adapter.size_bytes
+        self._failed.pop(digest, None)
+        loading = self._loading.pop(digest, None)
+        self._begun -= loading is not None and loading.begun
+        freed = self.below.bytes_of(digest)
+        self._pools.submit(WRITE, partial(self.below.drop, digest))
+        return freed + self._forget(digest)
 
     def close(self) -> None:
-        """Stop the workers; loads not begun are dropped."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Begin nothing any more; loads not begun are dropped."""
+        self._pools.close()
 
-    def _load(self, digest: str) -> None:
+    def _forget(self, digest: str) -> int:
+        held = self._held.pop(digest, None)
+        if held is None:
+            return 0
+        self.held_bytes -= held.bytes
+        return held.bytes
+
+    def _begin_some(self) -> None:
+        """Begin loads, in the order in which they were first wanted; those that nobody waits for any more never."""
+        if self._begun >= min(MAX_UNDER_WAY, len(self._loading)):
+            return
+        now = self._now()
+        for loading in [each for each in self._loading.values() if not each.begun]:
+            if now - loading.wanted_at > AWAITED_S:
+                del self._loading[loading.digest]
+            elif self._begun < MAX_UNDER_WAY:
+                loading.begun = True
+                self._begun += 1
+                self._pools.submit(DISK, partial(self._advance, loading))
+
+    def _settle(self, done: _Loading) -> None:
+        """A load is over: held, or failed."""
+        digest, times = done.digest, done.times
+        if self._loading.get(digest) is not done:  # dropped meanwhile
+            return
+        del self._loading[digest]
+        self._begun -= 1
+        seconds = times.queue_s + times.fetch_s + times.host_s
+        if done.adapter is None:
+            self._fail(digest, done.error, seconds)
+            return
+        self._failed.pop(digest, None)
+        self._turn += 1
+        self._held[digest] = _Held(done.adapter, times.bytes, times, done.wanted_at, self._turn)
+        self.held_bytes += times.bytes
+        self.counts.count(times.source, seconds)
+        _log.debug("adapter_loaded", adapter=digest[:12], source=times.source, seconds=round(seconds, 4))
+        if times.source == STORE and self._writes < MAX_WRITES:
+            self._writes += 1
+            self._pools.submit(WRITE, partial(self._write, done.adapter, times))
+
+    def _fail(self, digest: str, error: Exception | None, seconds: float) -> None:
+        """Refuse the adapter for a while, each time in a row for twice as long."""
+        before = self._failed.pop(digest, None)
+        told = str(error) if isinstance(error, LoraplaneError) else type(error).__name__
+        permanent = isinstance(error, AdapterRefused) or (
+            isinstance(error, Unavailable) and error.retry_after_s is None
+        )
+        now, refused_s = self._now(), self._negative_cache_s
+        if before is not None and now - before.until < LONGEST_REFUSAL_S:
+            refused_s = min(2 * before.refused_s, max(LONGEST_REFUSAL_S, refused_s))
+        message = f"adapter {digest[:12]} cannot be loaded: {told}"
+        self._failed[digest] = _Failure(message, now + refused_s, refused_s, permanent)
+        if len(self._failed) > FAILURES_KEPT:
+            del self._failed[next(iter(self._failed))]
+        self.counts.count("failed", seconds)
+        _log.warning("adapter_load_failed", adapter=digest[:12], error=told, refused_s=refused_s)
+
+    def _evict(self) -> None:
+        """Drop adapters until the budget holds: last those that somebody waits for, and of these never the last."""
+        now = self._now()
+
+        def worth(digest: str) -> tuple[bool, float, int]:
+            held = self._held[digest]
+            awaited = held.fresh and now - held.wanted_at <= AWAITED_S
+            again_s = held.times.fetch_s + held.times.host_s
+            saved = 0.0 if awaited else self.demand.of(digest) * again_s / max(held.bytes, 1)
+            return awaited, saved, held.turn
+
+        for digest in sorted((d for d in self._held if d not in self._kept), key=worth)[:-1]:
+            if self.held_bytes <= self._budget:
+                return
+            self._forget(digest)
+            self.evictions += 1
+
+    # -- on the workers' threads ----------------------------------------------------------------------------------
+
+    def _advance(self, loading: _Loading) -> None:
+        """Run the next part of a load, then hand it to the next pool, or back."""
         begun = self._now()
-        adapter: HostAdapter | None = None
-        failure = ("", "")
+        loading.queue_s += begun - loading.queued_at
+        pool = loading.pool
         try:
-            adapter = self._read(digest)
-        except LoraplaneError as error:
-            failure = (AdapterLoadFailed.code, f"adapter {digest[:12]} cannot be loaded: {error}")
+            if loading.steps is None:
+                loading.steps = self._steps(loading)
+            loading.pool = next(loading.steps)
+        except StopIteration as end:
+            loading.adapter = end.value
         except Exception as error:  # a worker's failure must reach whoever waits for this adapter
-            failure = (AdapterLoadFailed.code, f"adapter {digest[:12]} cannot be loaded: {type(error).__name__}")
-        self._results.put(_Loaded(digest, adapter, failure, self._now() - begun))
+            loading.error = error
+        loading.queued_at = self._now()
+        loading.spent_s[pool] = loading.spent_s.get(pool, 0.0) + loading.queued_at - begun
+        if loading.adapter is None and loading.error is None:
+            self._pools.submit(loading.pool, partial(self._advance, loading))
+            return
+        self._results.put(loading)
         self._wake()
+
+    def _steps(self, loading: _Loading) -> Bringing:
+        found = self._read(loading.digest)
+        if isinstance(found, Generator):
+            return (yield from found)
+        loading.spent_s[STORE] = 0.0  # a reader in one part knows no tier but the store
+        return found
+
+    def _write(self, adapter: HostAdapter, times: LoadTimes) -> None:
+        try:
+            self.below.keep(adapter, times)
+        except Exception:  # nobody waits for this, and the next adapter is to be written
+            _log.exception("adapter_not_kept", adapter=adapter.digest[:12])
+        finally:
+            self._written.put(None)

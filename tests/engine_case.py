@@ -26,7 +26,8 @@ from serving.engine.runner import DecoderRunner, Runner, make_slots
 from serving.engine.scheduler import Limits, Scheduler
 from serving.engine.slot_probe import slot_probe
 from serving.engine.slots import SlotTable
-from serving.loader import HostTier, host_adapter
+from serving.loader import HostTier
+from serving.store_tier import host_adapter
 
 MAX_LEN = 256
 DEVICE = torch.device(os.environ.get("LORAPLANE_TEST_DEVICE", "cpu"))

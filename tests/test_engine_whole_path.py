@@ -27,7 +27,7 @@ from serving.engine.request import Sampling
 from serving.engine.runner import DecoderRunner, make_slots
 from serving.engine.seq2seq import load_encoder_decoder
 from serving.engine.seq2seq_runner import Seq2SeqRunner
-from serving.loader import read_adapter
+from serving.store_tier import read_adapter
 from tests.engine_case import DEVICE
 from tests.test_engine_families import COMMON, GPT2
 from tests.test_engine_seq2seq import BART, T5

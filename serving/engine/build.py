@@ -10,9 +10,12 @@ import torch
 
 from adapters.families import ENCODER_DECODERS, check_family
 from adapters.golden import MAX_ROWS
+from serving.disk_tier import DiskTier
 from serving.engine.config import EngineConfig
+from serving.engine.demand import Demand
 from serving.engine.engine import Engine, Sink
 from serving.engine.kv import RowTable
+from serving.engine.lora import Slots
 from serving.engine.model import Decoder, pick_device, pick_dtype
 from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts
@@ -22,7 +25,10 @@ from serving.engine.seq2seq import EncoderDecoder, load_encoder_decoder
 from serving.engine.seq2seq_runner import Seq2SeqRunner
 from serving.engine.slot_probe import Prover, slot_probe
 from serving.engine.slots import SlotTable
-from serving.loader import HostTier, read_adapter
+from serving.loader import HostTier
+from serving.packed_file import Target
+from serving.store_tier import StoreTier
+from serving.tiers import Tiers
 
 
 def build_engine(config: EngineConfig, sink: Sink) -> Engine:
@@ -34,16 +40,20 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
     # threads than there are cores it lets none of them spin at a barrier. A step then took 33 ms instead of 18.
     with ThreadPoolExecutor(1, thread_name_prefix="base-load") as once:
         once.submit(_use_threads, config.num_threads).result()
-        base, runner, max_answer_len, prover = once.submit(_load, config, dtype, device).result()
-    rows, slots = RowTable(config.max_rows), SlotTable(config.slots)
+        base, runner, max_answer_len, prover, places = once.submit(_load, config, dtype, device).result()
+    demand = Demand()
+    rows, slots = RowTable(config.max_rows), SlotTable(config.slots, worth=demand.of)
     engines: list[Engine] = []
+    tiers = _tiers(config, dtype, device, places)
     host = HostTier(
-        partial(read_adapter, config, dtype=dtype),
+        tiers.bring,
         budget_bytes=config.host_bytes,
         workers=config.load_workers,
         negative_cache_s=config.negative_cache_s,
         wake=lambda: engines[0].wake(),
         begin=partial(_use_threads, 1),
+        demand=demand,
+        below=tiers,
     )
     limits = Limits(
         max_model_len=config.max_model_len,
@@ -93,19 +103,28 @@ def _use_threads(count: int) -> None:
     torch.get_num_threads()  # a thread takes the process's figure at its first product: let that be now
 
 
+def _tiers(config: EngineConfig, dtype: torch.dtype, device: torch.device, places: Slots) -> Tiers:
+    """What adapters are read from. On a device, into memory that it copies from without a detour."""
+    stage = partial(torch.empty, dtype=torch.uint8, pin_memory=True) if device.type == "cuda" else None
+    target = Target(config.base_digest, str(dtype).removeprefix("torch."), places.kind)
+    disk = DiskTier(Path(config.packed), target, budget_bytes=config.disk_bytes, stage=stage)
+    return Tiers(disk, StoreTier(config, dtype), places.prepare, config.max_rank)
+
+
 def _load(
     config: EngineConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[Decoder | EncoderDecoder, Runner, int, Prover]:
-    """The base, its runner, the longest answer of an encoder-decoder (0 for the others), and what looks at slots."""
+) -> tuple[Decoder | EncoderDecoder, Runner, int, Prover, Slots]:
+    """The base, its runner, the longest answer of an encoder-decoder (0 for the others), what looks at slots, and
+    these."""
     folder, length, rows = Path(config.base_folder), config.max_model_len, config.max_rows
     if config.family in ENCODER_DECODERS:
         both = load_encoder_decoder(folder, dtype, device, length)
         slots = make_slots(both, config.slots, config.max_rank)
         reader = Seq2SeqRunner(both, rows, slots)
-        return both, reader, both.max_output, slot_probe(both, slots, reader.logits, rows, 0)
+        return both, reader, both.max_output, slot_probe(both, slots, reader.logits, rows, 0), slots
     decoder = load_decoder(folder, dtype, device, length)
     slots = make_slots(decoder, config.slots, config.max_rank)
     # On the CPU a row that is never written costs nothing; on a device it costs as much as any other.
     spare = MAX_ROWS if device.type == "cpu" else 1
     runner = DecoderRunner(decoder, rows, slots, spare=spare)
-    return decoder, runner, 0, slot_probe(decoder, slots, runner.logits, rows, spare)
+    return decoder, runner, 0, slot_probe(decoder, slots, runner.logits, rows, spare), slots

@@ -13,7 +13,10 @@ DTYPES = ("auto", "bfloat16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """One engine. Sizes in tokens, rows, slots and bytes; folder and blobs are absolute paths.
+    """One engine. Sizes in tokens, rows, slots and bytes; base_folder, blobs and packed are absolute paths.
+
+    store: where blobs lie that several machines share (see adapters.shared_store); empty: `blobs` has them all.
+    packed: the disk tier's folder, bounded by disk_bytes; 0: no disk tier.
 
     device: `cpu` or `cuda[:n]`. dtype: `auto`, `float32` or `bfloat16`. threads 0: one a core. max_rank bounds what
     may be loaded; slots grow to the largest rank that is resident.
@@ -33,6 +36,9 @@ class EngineConfig:
     slots: int = 16
     max_rank: int = 64
     host_bytes: int = 2 << 30
+    store: str = ""
+    packed: str = ""
+    disk_bytes: int = 0
     queue_limit: int = 256
     prefill_chunk: int = 64
     prefill_chunk_alone: int = 512
@@ -49,6 +55,8 @@ class EngineConfig:
         for name in ("max_model_len", "max_rows", "slots", "max_rank", "host_bytes", "queue_limit", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ConfigInvalid(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.disk_bytes < 0 or (self.disk_bytes and not self.packed):
+            raise ConfigInvalid(f"disk_bytes {self.disk_bytes} must be 0, or more with a folder for them")
 
     @property
     def num_threads(self) -> int:

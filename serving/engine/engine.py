@@ -57,7 +57,7 @@ class Engine:
         self._prover = prover or NoProver()
         self._proofs: Proofs[HostAdapter] = Proofs(self._prover.spare_rows)
         self._inbox: queue.SimpleQueue[tuple[Key, Submit | Cancel | Keep]] = queue.SimpleQueue()
-        self._keeper = Keeper(scheduler, slots, host, install=self._install, clear=self._clear)
+        self._keeper = Keeper(scheduler, slots, host, install=self._install, clear=self._clear, unproven=self._unproven)
         self._work = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -117,7 +117,7 @@ class Engine:
     # -- the engine's thread --------------------------------------------------------------------------------------
 
     def _snapshot(self) -> Heartbeat:
-        s = self._scheduler
+        s, disk = self._scheduler, self._host.below.figures
         return Heartbeat(
             running=s.running,
             waiting=s.waiting,
@@ -146,6 +146,12 @@ class Engine:
             dropping=self._keeper.dropping,
             waiting_by=s.waiting_by(),
             oldest_wait_s=s.oldest_wait_s(self._now()),
+            load_histograms=self._host.counts.histograms,
+            evicted={"device": self._slots.evictions, "host": self._host.evictions, "disk": disk.evictions},
+            disk_count=disk.count,
+            disk_bytes=disk.bytes,
+            disk_bytes_limit=disk.budget_bytes,
+            healed=disk.healed,
         )
 
     def step(self) -> bool:
@@ -196,6 +202,8 @@ class Engine:
             elif refusal := self._keeper.refuses(message):
                 out.append((key, refusal))
             else:
+                if message.adapter is not None:
+                    self._host.demand.note(message.adapter)
                 out += [(key, event) for event in self._scheduler.submit(key, message, now)]
 
     def _install(self, digest: str, placement: Placement) -> list[Outgoing]:
@@ -203,8 +211,10 @@ class Engine:
         self._sizes.pop(placement.evicted or "", None)
         self._proofs.gone(placement.evicted)
         try:
-            adapter = self._host.take(digest)
+            adapter, times = self._host.take(digest)
+            begun = self._now()
             self._runner.install(placement.slot, adapter)
+            times = msgspec.structs.replace(times, device_s=self._now() - begun)
             self._ranks[digest], self._sizes[digest] = adapter.rank, adapter.size_bytes
         except Exception as error:
             _log.exception("adapter_install_failed", digest=digest, error=type(error).__name__)
@@ -213,6 +223,9 @@ class Engine:
             return self._doubt(digest, Doubt.SLOT_CONTENTS)
         self._proofs.installed(digest, adapter)
         return []
+
+    def _unproven(self, digest: str) -> bool:
+        return digest in self._proofs.pending
 
     def _mark_proven(self) -> None:
         for digest in self._proofs.proven():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from serving.engine.breaker import Doubt
 from serving.engine.plan import Key, Load, Outgoing
 from serving.engine.request import Drop, Failed, Keep, LoadTimes, Moved, Pin, Submit, Unpin, Warm
 from serving.engine.scheduler import Scheduler
@@ -42,13 +43,21 @@ class _Going:
 
 class Keeper:
     """Warm, pinned and going adapters of one engine. install: put what was placed into its slot, as the engine does;
-    clear: empty the slot of an adapter nobody uses, and say how many bytes that freed."""
+    clear: empty the slot of an adapter nobody uses, and say how many bytes that freed; unproven: whether what lies in
+    its slot has yet to prove to be this adapter: nobody is told that it is there before."""
 
     def __init__(
-        self, scheduler: Scheduler, slots: SlotTable, host: HostTier, *, install: Install, clear: Clear
+        self,
+        scheduler: Scheduler,
+        slots: SlotTable,
+        host: HostTier,
+        *,
+        install: Install,
+        clear: Clear,
+        unproven: Callable[[str], bool] = lambda digest: False,
     ) -> None:
         self._scheduler, self._slots, self._host = scheduler, slots, host
-        self._install, self._clear = install, clear
+        self._install, self._clear, self._unproven = install, clear, unproven
         self._wishes: dict[Key, _Wish] = {}
         self._warm: dict[str, float] = {}
         self._going: dict[str, _Going] = {}
@@ -122,7 +131,11 @@ class Keeper:
         number = message.id
         if digest in self._going:
             return [(wish.key, self._unloaded(number, digest))]
+        if refusal := self._set_aside(number, digest, now):
+            return [(wish.key, refusal)]
         on_device = self._slots.holds(digest)
+        if on_device and self._unproven(digest):
+            return []
         if on_device and isinstance(message, Pin):
             self._slots.pin(digest)
             return [(wish.key, self._where(number, digest))]
@@ -148,10 +161,19 @@ class Keeper:
         failures = self._install(digest, placement)
         if not self._slots.holds(digest):  # its installation failed, and the slot was emptied
             failed = Failed(number, "adapter_load_failed", f"adapter {digest[:12]} cannot be installed")
-            return [*failures, (wish.key, failed)]
+            return [*failures, (wish.key, self._set_aside(number, digest, now) or failed)]
+        if self._unproven(digest):
+            return failures
         if isinstance(message, Pin):
             self._slots.pin(digest)
         return [(wish.key, self._where(number, digest, state.times))]
+
+    def _set_aside(self, number: int, digest: str, now: float) -> Failed | None:
+        wait_s = self._scheduler.breaker.aside_s(digest, now)
+        if not wait_s:
+            return None
+        doubt = self._scheduler.breaker.doubt(digest) or Doubt.NUMERICS
+        return Failed(number, "adapter_quarantined", doubt.value, retry_after_s=wait_s)
 
     def _end(self, digest: str, going: _Going, now: float) -> list[Outgoing]:
         out: list[Outgoing] = []

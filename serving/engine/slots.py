@@ -1,13 +1,14 @@
 """Which adapter lies in which device slot, and who uses it. Identity is the digest, never a name.
 
 Slot 0 is "no adapter" and belongs to nobody. A lease is a counted use; a leased slot is never given to another
-adapter, nor is a pinned one. Of the others the least recently used goes first, and a free slot before any of them.
+adapter, nor is a pinned one. Of the others the one that is worth least goes first, of equals the least recently used,
+and a free slot before any of them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 
@@ -38,10 +39,11 @@ class Placement:
 
 @dataclass(slots=True)
 class SlotTable:
-    """Slots 1..slots of one device."""
+    """Slots 1..slots of one device. worth: of an adapter, by its digest, where others would have its slot."""
 
     slots: int
     evictions: int = 0
+    worth: Callable[[str], float] = lambda digest: 0.0
     _slots: list[_Slot] = field(init=False)
     _by_digest: dict[str, _Slot] = field(init=False, default_factory=dict)
     _clock: Iterator[int] = field(init=False, default_factory=itertools.count)
@@ -73,6 +75,12 @@ class SlotTable:
         self._by_digest[digest].leases += 1
         return placement
 
+    def share(self, digest: str) -> Placement:
+        """Lease the slot that the adapter has, without its counting as used. Raises KeyError when it has none."""
+        slot = self._by_digest[digest]
+        slot.leases += 1
+        return Placement(slot.index, install=False)
+
     def place(self, digest: str, spare: Collection[str] = ()) -> Placement:
         """Give the adapter a slot without leasing it; one that has a slot counts as used just now.
 
@@ -85,7 +93,7 @@ class SlotTable:
             return Placement(slot.index, install=False)
         slot = next((s for s in self._slots if s.digest is None), None)
         if slot is None:
-            slot = min((s for s in self._slots if s.can_go_but(spare)), key=lambda s: s.last_use, default=None)
+            slot = min((s for s in self._slots if s.can_go_but(spare)), key=self._rank, default=None)
         if slot is None:
             raise NoSlotFree
         evicted = slot.digest
@@ -95,6 +103,9 @@ class SlotTable:
         slot.digest, slot.leases, slot.last_use = digest, 0, next(self._clock)
         self._by_digest[digest] = slot
         return Placement(slot.index, install=True, evicted=evicted)
+
+    def _rank(self, slot: _Slot) -> tuple[float, int]:
+        return self.worth(slot.digest or ""), slot.last_use
 
     def pin(self, digest: str) -> None:
         """Never give this adapter's slot away. Raises KeyError for an adapter that has none."""

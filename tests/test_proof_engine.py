@@ -14,7 +14,7 @@ from serving.engine.breaker import FIRST_S, Doubt
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.plan import StepPlan, StepResult
-from serving.engine.request import Failed, Finished
+from serving.engine.request import Failed, Finished, Moved, Pin, Warm
 from serving.engine.runner import Runner
 from serving.timing import engine_s, spans
 from tests.engine_case import EngineCase, load_tiny, read_peft
@@ -312,3 +312,28 @@ def test_what_a_sequence_waits_for_proof_counts_as_device_time_and_all_its_spans
     ending = case.answers[key].endings[0]
     assert isinstance(ending, Finished)
     assert engine_s(ending.timing) == pytest.approx(case.now() - before, abs=0.011)  # the last step ends when it began
+
+
+def test_warming_is_answered_only_when_the_adapter_has_proven_itself(bench: Bench) -> None:
+    case = bench.case(chunk=4)
+    key = case.keep(lambda number: Warm(number, "a", 60.0))
+    case.run(lambda: case.slots.holds("a"))
+    assert case.told[key] is None
+    case.run(lambda: case.told[key] is not None)
+    assert isinstance(case.told[key], Moved)
+    assert case.engine._proofs.pending == frozenset()
+
+
+@pytest.mark.parametrize("make", [lambda n: Warm(n, "a", 60.0), lambda n: Pin(n, "a", 5.0)])
+def test_warming_and_pinning_what_fails_its_golden_rows_are_refused_with_the_reason(
+    bench: Bench, make: Callable[[int], Warm | Pin]
+) -> None:
+    case = bench.case(wrap=swapped(bench))
+    case.engine._prover = Blind()
+    key = case.keep(make)
+    case.run(lambda: case.told[key] is not None)
+    told = case.told[key]
+    assert isinstance(told, Failed)
+    assert (told.code, told.message) == ("adapter_quarantined", Doubt.GOLDEN_MISMATCH.value)
+    assert not case.slots.holds("a")
+    assert case.slots.pinned == ()

@@ -194,11 +194,10 @@ class Router:
 
     async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
         """See EngineDoor: on every replica, and on those that come within ttl_s seconds."""
-        self._cool()
-        self._warm[digest] = self._now() + ttl_s
         answer = await self._ask_all(lambda link: link.warm(digest, ttl_s))
-        if isinstance(answer, Failed):
-            self._warm.pop(digest, None)
+        if isinstance(answer, Moved):
+            until = self._cool() + ttl_s
+            self._warm[digest] = max(until, self._warm.get(digest, until))
         return answer
 
     async def pin(self, digest: str, on: bool) -> Moved | Failed:

@@ -25,13 +25,15 @@ COUNTERS = (
 )
 # Replicas of one machine see one folder.
 _SHARED = frozenset({"disk_count", "disk_bytes", "disk_bytes_limit"})
+# Promises hold where all replicas keep them: who looks for one that was lost must see that it is.
+_EVERYWHERE = frozenset({"pinned", "warm"})
 
 
 def together(beats: Sequence[Heartbeat], gone: Iterable[Heartbeat] = ()) -> Heartbeat | None:
     """All replicas as one engine; None without any. gone: last words of replicas whose counters still count.
 
     Numbers add up, but idle_s is that of the liveliest and other times are the longest; an adapter that lies in
-    several slots is told once, with all its leases.
+    several slots is told once, with all its leases; pinned and warm is what every replica has pinned and warm.
     """
     if not beats:
         return None
@@ -55,7 +57,10 @@ def _one(name: str, values: Sequence[Figure]) -> Figure:
     if name in _SHARED:
         return max(v for v in values if isinstance(v, int))
     if isinstance(first, tuple):
-        return _union([v for v in values if isinstance(v, tuple)])
+        tuples = [v for v in values if isinstance(v, tuple)]
+        if name in _EVERYWHERE:
+            return tuple(item for item in first if all(item in others for others in tuples))
+        return _union(tuples)
     return _add(values)
 
 

@@ -233,6 +233,13 @@ def test_an_adapter_in_two_places_is_told_once() -> None:
     assert (whole.host_digests, whole.quarantined, whole.slots_total) == ((X, Y, Z), (Z,), 4)
 
 
+def test_what_is_pinned_on_one_replica_alone_is_not_told_as_pinned() -> None:
+    """Whoever sees to it that pins hold would not see that a replica which came later lacks one."""
+    whole = together([beat(pinned=(X, Y), warm=(X,)), beat(pinned=(Y,), dropping=(Z,))])
+    assert whole is not None
+    assert (whole.pinned, whole.warm, whole.dropping) == ((Y,), (), (Z,))
+
+
 def test_one_heartbeat_alone_is_told_as_it_is() -> None:
     only = beat(tokens=3, slots=(SlotState(X, 1, 4),), load_histograms={"store": (1, 1)}, load_seconds={"store": 0.5})
     assert together([only]) == only

@@ -22,7 +22,7 @@ from tests.live_server import LiveServer, live_server, wait_for
 from tests.tiny_base import Oracle
 
 pytestmark = pytest.mark.timeout(400)
-NAMES = ("alpha", "beta", "gamma", "delta")
+NAMES = ("alpha", "beta", "gamma", "delta", "epsilon")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,6 @@ def server(tiny_base: Path, tiny_adapters: list[Path]) -> Iterator[LiveServer]:
         for name, folder in zip(NAMES, tiny_adapters, strict=False):
             published = made.cli("adapters", "publish", name, str(folder), "--json")
             assert published.returncode == 0, published.stderr
-            promoted = made.cli("promote", f"{name}@1", "--force", "--reason", "fixture", "--json")
-            assert promoted.returncode == 0, promoted.stderr
         wait_for(lambda: made.gauge("engine_replicas") == 2, 90, "both replicas")
         yield made
 
@@ -55,12 +53,12 @@ def test_distinct_adapters_keep_apart_and_answer_as_each_alone(
 ) -> None:
     """Four adapters, two replicas of two slots: each lies in one slot of one replica, and nothing is ever evicted."""
     renderer = Renderer(tiny_base)
-    oracles = {name: Oracle(tiny_base, folder) for name, folder in zip(NAMES, tiny_adapters, strict=False)}
+    oracles = {name: Oracle(tiny_base, folder) for name, folder in zip(NAMES[:4], tiny_adapters, strict=False)}
     with server.client() as client:
         for turn in range(3):
             prompt = renderer.chat([Message("user", f"question {turn}")], PromptFormat())
             for name, oracle in oracles.items():
-                answer = client.post("/v1/chat/completions", json=chat(name, f"question {turn}")).json()
+                answer = client.post("/v1/chat/completions", json=chat(f"{name}@1", f"question {turn}")).json()
                 told = answer["choices"][0]["message"]["content"]
                 assert told == renderer.decode(oracle.greedy(prompt, 16)), (turn, name)
                 assert answer["model"] == f"{name}@1"
@@ -80,7 +78,7 @@ def test_a_hot_adapter_lands_on_both_replicas(server: LiveServer) -> None:
         asked = 0
         with server.client() as client:
             while not stop.is_set():
-                body = chat("alpha", "the same question", max_tokens=300)
+                body = chat("alpha@1", "the same question", max_tokens=300)
                 assert client.post("/v1/chat/completions", json=body).status_code == 200
                 asked += 1
         return asked
@@ -107,9 +105,29 @@ def test_choices_of_one_request_share_a_replica_and_requests_spread(server: Live
     assert all(spread[name] - since[name] >= 2 for name in sent)
 
 
+def test_what_is_warmed_and_what_is_retired_is_so_on_both_replicas(server: LiveServer) -> None:
+    before = by_replica(server, "engine_replica_adapters_host")
+    with server.client() as client:
+        path = "/v1/adapters/epsilon/versions/1"
+        warm = client.post(f"{path}/warm", json={"ttl_s": 60})
+        assert warm.status_code == 200, warm.text
+        wait_for(lambda: _more(server, before) == [1, 1], 10, "one more on each")
+        retired = client.post(f"{path}/retire", json={"reason": "test", "deadline_s": 5})
+        assert retired.status_code == 200, retired.text
+        wait_for(lambda: _more(server, before) == [0, 0], 10, "gone from each")
+        assert client.post("/v1/chat/completions", json=chat("epsilon@1")).status_code in {404, 409, 410}
+
+
+def _more(server: LiveServer, before: dict[str, float]) -> list[float]:
+    after = by_replica(server, "engine_replica_adapters_host")
+    return sorted(after[name] - before[name] for name in before)
+
+
 def test_kill_9_of_a_replica_ends_its_own_streams_alone_and_it_is_replaced(server: LiveServer) -> None:
     """F-01 with two replicas: 8 streams; those of the dead one end by engine_lost, the others in full, and the next
-    request is answered within 2 s. /ready never says no."""
+    request is answered within 2 s. /ready never says no. The replacement holds what is pinned."""
+    with server.client() as client:
+        assert client.put("/v1/adapters/alpha/versions/1/pin").status_code == 200
     started = threading.Barrier(9)
 
     def stream(number: int) -> str:
@@ -135,7 +153,7 @@ def test_kill_9_of_a_replica_ends_its_own_streams_alone_and_it_is_replaced(serve
             statuses: list[int] = []
             while not statuses or statuses[-1] != 200:
                 assert client.get("/ready").status_code == 200
-                statuses.append(client.post("/v1/chat/completions", json=chat("beta")).status_code)
+                statuses.append(client.post("/v1/chat/completions", json=chat("beta@1")).status_code)
             recovered = time.monotonic() - begun
         endings = [future.result(timeout=60) for future in futures]
     print(f"{endings}; next success after {recovered:.2f} s, {statuses}")
@@ -146,8 +164,11 @@ def test_kill_9_of_a_replica_ends_its_own_streams_alone_and_it_is_replaced(serve
     wait_for(lambda: len(_taking(server) - {victim}) == 2, 60, "a replacement")
     print(f"replaced after {time.monotonic() - begun:.1f} s")
     with server.client() as client:
-        assert client.post("/v1/chat/completions", json=chat("beta")).status_code == 200
+        assert client.post("/v1/chat/completions", json=chat("beta@1")).status_code == 200
     assert server.gauge("engine_replicas") == 2
+    # Nobody has asked the new one for it: it was told what is pinned.
+    (new,) = _taking(server) - {victim} - set(loads)
+    wait_for(lambda: by_replica(server, "engine_replica_adapters_device").get(new, 0) >= 1, 20, "the pinned adapter")
 
 
 def _taking(server: LiveServer) -> set[str]:

@@ -165,8 +165,8 @@ def adapters_show(
         return
     live = {a.number: [x.alias for x in found.aliases if x.number == a.number] for a in found.aliases}
     show_table(
-        ("VERSION", "ALIASES", "RANK", "SIZE", "BOUND BY", "PUBLISHED", "BY", "DIGEST", "NOTE"),
-        [_version_row(v, live.get(v.number, [])) for v in versions],
+        ("VERSION", "ALIASES", "RANK", "SIZE", "BOUND BY", "PUBLISHED", "BY", "DIGEST", "STATE", "NOTE"),
+        [_version_row(v, live.get(v.number, []), found.standing_of(v.number)) for v in versions],
     )
 
 
@@ -326,7 +326,7 @@ def _summary_row(summary: AdapterSummary) -> tuple[str, ...]:
     )
 
 
-def _version_row(version: AdapterVersion, aliases: list[str]) -> tuple[str, ...]:
+def _version_row(version: AdapterVersion, aliases: list[str], standing: str) -> tuple[str, ...]:
     return (
         version.id,
         ",".join(aliases) or "-",
@@ -336,5 +336,6 @@ def _version_row(version: AdapterVersion, aliases: list[str]) -> tuple[str, ...]
         when(version.published_at),
         version.published_by,
         version.digest[:12],
+        standing,
         version.note or "-",
     )

@@ -291,3 +291,8 @@ class AdapterSummary:
     def withdrawn(self) -> Mapping[int, VersionState]:
         """The versions that are not served, and why not."""
         return {s.number: s.state for s in self.standings if s.state is not VersionState.LIVE}
+
+    def standing_of(self, number: int) -> str:
+        """A version's standing in a word: live, pinned, retired or revoked."""
+        found = next((s for s in self.standings if s.number == number), None)
+        return "live" if found is None else "pinned" if found.pinned else found.state.value

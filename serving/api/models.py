@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Annotated
 
 from fastapi import FastAPI, Path
@@ -30,8 +30,9 @@ def mount(app: FastAPI, services: Services) -> None:
     @app.get("/v1/models", response_model=ModelList, responses=documented(), tags=["openai"], summary="List models")
     def list_models() -> Response:
         found = [_base_model(gateway, BASE_ID), _base_model(gateway, gateway.resolver.base.name)]
+        barred = {standing.digest for standing in registry.standings.decrees().revoked}
         for summary in registry.adapters():
-            found += [_version_model(gateway, name, version) for name, version in _live(summary, gateway)]
+            found += [_version_model(gateway, name, version) for name, version in _live(summary, gateway, barred)]
         return JSONResponse({"object": "list", "data": found})
 
     @app.get(
@@ -113,9 +114,15 @@ def _max_len(gateway: Gateway) -> int:
     return facts.max_model_len if facts is not None else gateway.resolver.base.max_positions
 
 
-def _live(summary: AdapterSummary, gateway: Gateway) -> Iterator[tuple[str, AdapterVersion]]:
+def _live(summary: AdapterSummary, gateway: Gateway, barred: Container[str]) -> Iterator[tuple[str, AdapterVersion]]:
     """The ids that answer on this base: the name if it has a champion, its aliases, the versions these point at."""
-    versions = {v.number: v for v in summary.versions if v.base_digest == gateway.resolver.base.digest}
+    versions = {
+        v.number: v
+        for v in summary.versions
+        if v.base_digest == gateway.resolver.base.digest
+        and v.digest not in barred
+        and v.number not in summary.withdrawn
+    }
     champion = summary.champion
     if champion in versions:
         yield summary.name, versions[champion]

@@ -165,7 +165,7 @@ class SchedulerCase:
         """Work conservation: a free row and somebody who could run do not stand side by side, save where rows gather
         for a search or a slot drains for an adapter that has waited long enough."""
         admission = self.scheduler._admission
-        lanes = admission.queue.lanes()
+        lanes = sorted(admission.queue.lanes(), key=admission.queue.rank)
         awaited = {lane.scope.adapter or "" for lane in lanes if lane.ready}
         for lane in lanes:
             adapter = lane.scope.adapter

@@ -310,6 +310,14 @@ def test_a_full_queue_takes_places_from_who_has_most_and_says_when_to_try_again(
     assert case.scheduler.waiting == 0
 
 
+def test_who_gave_up_a_place_is_told_even_if_the_engine_stops_before_its_next_step() -> None:
+    case = SchedulerCase(rows=1, queue_limit=2)
+    for adapter in ("a", "a", "a", "b"):
+        case.submit(adapter)
+    case._tell(case.scheduler.fail_all("not_ready", "stops"))
+    assert sorted(asked.code for asked in case.asked.values()) == ["not_ready"] * 3 + ["queue_full"]
+
+
 def test_places_are_not_taken_from_who_has_no_more_than_the_newcomer() -> None:
     case = SchedulerCase(rows=1, queue_limit=4)
     first = case.submit("a", tokens=50)

@@ -64,14 +64,14 @@ class Admission:
         if digest is not None and len(pinned) == self._slots.slots and digest not in pinned:
             retry = self.forecast.clamp(0.0)
             return Failed(number, "adapter_capacity", "Every slot is pinned.", retry_after_s=retry)
+        if refusal := self._too_late(sequence, now):
+            return refusal
         # A burst between two steps waits beside rows that are still free: those places count too.
         if len(self.queue) >= self._queue_limit + self._rows.free:
             youngest = self.queue.longest(sequence.scope)
             if youngest is None:
                 return self._full(sequence)
             self._end(youngest, self._full(youngest))
-        if refusal := self._too_late(sequence, now):
-            return refusal
         self.queue.push(sequence)
         return None
 
@@ -117,10 +117,9 @@ class Admission:
     def look_ahead(self, now: float) -> list[Outgoing]:
         """Start the loads of those whose turn comes first, see which lanes could run, and end those that never can.
 
-        Returns the endings, with those of sequences that gave up their places.
+        Returns the endings, those of sequences that gave up their places among them.
         """
-        there: list[Lane] = []
-        self._wanted = set()
+        missing: list[tuple[Lane, str]] = []
         for lane in self.queue.lanes():
             digest = lane.scope.adapter
             if digest is not None and (aside := self._breaker.aside_s(digest, now)):
@@ -128,14 +127,21 @@ class Admission:
                     self._end(sequence, self._set_aside(sequence, aside))
             elif digest is None or self._slots.holds(digest):
                 self._loaded(lane, now)
-            elif self._loader.bytes_of(digest):
-                self._wanted.add(digest)
-                there.append(lane)
             else:
+                missing.append((lane, digest))
+        missing.sort(key=lambda at: self.queue.rank(at[0]))
+        there = [(lane, digest) for lane, digest in missing if self._loader.bytes_of(digest)]
+        self._wanted = {digest for _, digest in there}
+        for lane, digest in missing:
+            if not self._loader.bytes_of(digest):
                 self._load(lane, digest, now)
         # Whose turn comes first is asked for last: of what was wanted the host keeps the latest the longest.
-        for lane in reversed(there):
-            self._take_up(lane, lane.scope.adapter or "", now)
+        for lane, digest in reversed(there):
+            self._take_up(lane, digest, now)
+        return self.endings()
+
+    def endings(self) -> list[Outgoing]:
+        """The endings since the last call of sequences that waited."""
         refused, self._refused = self._refused, []
         return refused
 
@@ -176,7 +182,7 @@ class Admission:
         """Those who start now, in their turns, each with its lease. The caller takes rows for one, and charges it,
         before it asks for the next."""
         self._drains = {victim: heir for victim, heir in self._drains.items() if self._drains_on(victim, heir)}
-        lanes = [lane for lane in self.queue.lanes() if lane.ready]
+        lanes = self.queue.in_turn() if self._rows.free else []
         awaited = {lane.scope.adapter or "" for lane in lanes} - set(self._drains)
         while lanes and self._rows.free:
             lane = lanes.pop(0)

@@ -175,8 +175,12 @@ class FairQueue:
         return (*self.counters(lane.scope), lane.head.turn)
 
     def lanes(self) -> list[Lane]:
-        """Every lane, whose turn it is first."""
-        return sorted(self._lanes.values(), key=self.rank)
+        """Every lane, in no order that matters."""
+        return list(self._lanes.values())
+
+    def in_turn(self) -> list[Lane]:
+        """Every lane that could run, whose turn it is first."""
+        return sorted((lane for lane in self._lanes.values() if lane.ready), key=self.rank)
 
     def lane(self, scope: Scope) -> Lane | None:
         """The lane of this scope, if something waits there."""

@@ -350,7 +350,8 @@ class Scheduler:
 
     def fail_all(self, code: str, message: str) -> list[Outgoing]:
         """End everything: the engine stops."""
-        return [(s.key, self._fail(s, code, message)) for s in [*self._waiting.values(), *self._running.values()]]
+        left = [*self._waiting.values(), *self._running.values()]
+        return [*self._admission.endings(), *((s.key, self._fail(s, code, message)) for s in left)]
 
     def _fault(self, sequence: Sequence, found: Sampled, now: float) -> Failed:
         """End a sequence that could not be computed; its adapter is struck when it is to blame."""

@@ -48,6 +48,7 @@ class Admission:
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._drains: dict[str, str] = {}  # whose slot drains -> for whom
         self._refused: list[Outgoing] = []
+        self.lent = 0  # rows of shadows, which are to be had as soon as somebody else wants them
         self._wanted: set[str] = set()
         # So many adapters may be loading or lie ready on the host for those who wait; others wait with their loads,
         # lest what is needed soon is pushed off the host by what is needed late.
@@ -67,13 +68,17 @@ class Admission:
         if refusal := self._too_late(sequence, now):
             return refusal
         # A burst between two steps waits beside rows that are still free: those places count too.
-        if len(self.queue) >= self._queue_limit + self._rows.free:
+        if len(self.queue) >= self._queue_limit + self._free:
             youngest = self.queue.longest(sequence.scope)
             if youngest is None:
                 return self._full(sequence)
             self._end(youngest, self._full(youngest))
         self.queue.push(sequence)
         return None
+
+    @property
+    def _free(self) -> int:
+        return self._rows.free + self.lent
 
     def _set_aside(self, sequence: Sequence, wait_s: float) -> Failed:
         doubt = self._breaker.doubt(sequence.adapter or "") or Doubt.NUMERICS
@@ -90,7 +95,7 @@ class Admission:
 
     def _too_late(self, sequence: Sequence, now: float) -> Failed | None:
         """The refusal of a sequence that could not even start before its deadline. Its load starts all the same."""
-        deadline_s, free = sequence.submit.deadline_s, self._rows.free
+        deadline_s, free = sequence.submit.deadline_s, self._free
         load_s = 0.0 if sequence.adapter is None else self._load_s(sequence.adapter, sequence, now)
         wait_s = self.forecast.wait_s(len(self.queue), free)
         if wait_s >= deadline_s:  # behind all the others; now see how many of them are ahead in turn

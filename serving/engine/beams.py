@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
+from serving.engine.request import Sampling
+
 
 class Candidate(NamedTuple):
     """A token that could follow a hypothesis, and its log-probability there."""
@@ -104,6 +106,20 @@ class BeamSearch:
         """The best hypothesis; None where nothing could be said at all."""
         ranked = self.finished or self.live
         return ranked[0] if ranked else None
+
+
+def search_for(sampling: Sampling, eos: frozenset[int], forced: int) -> BeamSearch:
+    """The search that a request asks for. forced: see BeamRules."""
+    return BeamSearch(
+        BeamRules(
+            width=sampling.num_beams,
+            max_tokens=sampling.max_tokens,
+            ends=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos),
+            length_penalty=sampling.length_penalty,
+            early=sampling.early_stopping,
+            forced=forced,
+        )
+    )
 
 
 def moves(parents: Sequence[int], rows: Sequence[int], spare: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:

@@ -75,8 +75,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     choice: which of the n answers of a request this is; it is part of the random key.
     deadline_s: seconds from receipt after which the engine fails the sequence with `deadline_exceeded`.
     salt: the tenant; computed prefixes never pass from one to another. reuse False: compute the whole prompt.
-    shadow: nobody waits for it: it runs only on a row and a slot that no other sequence wants, else Failed(code=
-    'shadow_dropped'), which may also come while it runs.
+    shadow: nobody waits for it: it runs only where its adapter lies in a slot already, on a row that no other sequence
+    wants, else Failed(code='shadow_dropped'), which may also come while it runs.
     """
 
     id: int

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from serving.engine.admission import Admission
-from serving.engine.beams import BeamRules, BeamSearch, moves
+from serving.engine.beams import BeamSearch, moves, search_for
 from serving.engine.breaker import Breaker
 from serving.engine.fair import INPUT, OUTPUT
 from serving.engine.kv import MIN_SHARED, Copy, RowTable, shared_prefix
@@ -20,7 +21,6 @@ from serving.engine.request import (
     Finished,
     FinishReason,
     PromptLogprobs,
-    Sampling,
     State,
     Submit,
     Tokens,
@@ -28,6 +28,7 @@ from serving.engine.request import (
 )
 from serving.engine.row_plans import decode_rows, prefill_row
 from serving.engine.sequence import Sequence
+from serving.engine.shadows import Shadows, dropped
 from serving.engine.slots import Placement, SlotTable
 
 
@@ -68,6 +69,7 @@ class Scheduler:
             rows, slots, loader, self.breaker, queue_limit=limits.queue_limit, patience_s=limits.patience_s
         )
         self._waiting = self._admission.queue
+        self._shadows = Shadows(rows, slots, self.breaker, self._waiting)
         self._running: dict[Key, Sequence] = {}
         self._tainted: list[int] = []
         self._copies: list[Copy] = []
@@ -99,7 +101,7 @@ class Scheduler:
 
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
-        return not self._waiting and not self._running
+        return not self._waiting and not self._running and not self._shadows
 
     def balanced(self) -> bool:
         """The books agree: rows held = sequences running, leases = running sequences with an adapter."""
@@ -107,6 +109,7 @@ class Scheduler:
         return (
             self._rows.balanced()
             and self._admission.balanced()
+            and self._admission.lent == sum(s.submit.shadow for s in self._running.values())
             and self._rows.held == sum(len(s.rows) for s in self._running.values())
             and self._slots.leases == leased
         )
@@ -131,12 +134,16 @@ class Scheduler:
         beams = submit.sampling.num_beams
         if beams > 1 and not (limits.max_answer_len and beams <= self._rows.rows):
             return [Failed(submit.id, "invalid_value", f"No beam search of width {beams} here.")]
+        if submit.shadow:
+            self._shadows.take(Sequence(key, submit, now))
+            return []
         refusal = self._admission.take(Sequence(key, submit, now), now)
         return [] if refusal is None else [refusal]
 
     def cancel(self, key: Key) -> None:
         """Forget a sequence; nobody listens for its events any more."""
         self._waiting.remove(key)
+        self._shadows.remove(key)
         sequence = self._running.get(key)
         if sequence is not None:
             self._release(sequence)
@@ -156,12 +163,16 @@ class Scheduler:
         Returns the adapters to install before the next run, and endings of sequences that cannot be served.
         """
         endings = self._admission.look_ahead(now)
+        for shadow in self._shadows.in_the_way(list(self._running.values())):
+            self._release(shadow)
+            endings.append((shadow.key, dropped(shadow)))
         installs: list[tuple[str, Placement]] = []
-        for sequence, placement in self._admission.starts(self._running.values(), now):
+        live = self._admission.starts(self._running.values(), now)
+        for sequence, placement in chain(live, self._shadows.starts(now)):
             if sequence.adapter is not None and placement is not None and placement.install:
                 installs.append((sequence.adapter, placement))
             self._start(sequence, now)
-        return installs, endings
+        return installs, endings + self._shadows.refused()
 
     def _start(self, sequence: Sequence, now: float) -> None:
         lease = self._rows.acquire(sequence.scope if self._reuses(sequence) else None, sequence.submit.prompt)
@@ -172,31 +183,25 @@ class Scheduler:
         sequence.admitted_at = now
         sequence.state = State.PREFILL
         if sequence.width > 1:
-            sequence.search = self._search(sequence.submit.sampling)
-        self._waiting.charge(sequence.scope, INPUT * (len(sequence.submit.prompt) - sequence.computed))
+            sequence.search = search_for(sequence.submit.sampling, self._eos, self._limits.forced_tokens)
+        self._charge(sequence, INPUT * (len(sequence.submit.prompt) - sequence.computed))
         self._running[sequence.key] = sequence
+        self._admission.lent += sequence.submit.shadow
         if sequence.adapter is not None:
             self.breaker.started(sequence.adapter, sequence.key, now)
 
-    def _search(self, sampling: Sampling) -> BeamSearch:
-        ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
-        return BeamSearch(
-            BeamRules(
-                width=sampling.num_beams,
-                max_tokens=sampling.max_tokens,
-                ends=ends,
-                length_penalty=sampling.length_penalty,
-                early=sampling.early_stopping,
-                forced=self._limits.forced_tokens,
-            )
-        )
+    def _charge(self, sequence: Sequence, tokens: int) -> None:
+        """Count what a sequence's tenant was given. A shadow is nobody's wish but the operator's."""
+        if not sequence.submit.shadow:
+            self._waiting.charge(sequence.scope, tokens)
 
     def _reuses(self, sequence: Sequence) -> bool:
         limits = self._limits
         submit = sequence.submit
         # Log-probabilities of a prompt need every position of it computed.
         whole = bool(limits.max_answer_len) or submit.sampling.prompt_logprobs is not None
-        return limits.prefix_reuse and submit.reuse and not whole
+        # What a shadow leaves behind would only push out what others come back to.
+        return limits.prefix_reuse and submit.reuse and not whole and not submit.shadow
 
     def _share(self, sequence: Sequence) -> None:
         """Before a prompt's first chunk: start behind what a running sequence of its scope has computed, if more."""
@@ -207,7 +212,7 @@ class Scheduler:
                     shared = min(shared_prefix(other.context, prompt), len(prompt) - 1)
                     if shared >= sequence.reused + MIN_SHARED:
                         self._copies.append(Copy(other.row, sequence.row, shared))
-                        self._waiting.charge(sequence.scope, INPUT * (sequence.reused - shared))
+                        self._charge(sequence, INPUT * (sequence.reused - shared))
                         sequence.computed = sequence.reused = shared
         if sequence.computed == sequence.reused:
             self.prompt_tokens += len(prompt)
@@ -216,7 +221,8 @@ class Scheduler:
     @property
     def prompt_room(self) -> int:
         """How many prompt tokens fit the next step."""
-        return self._limits.prefill_budget(sum(1 for s in self._running.values() if s.state is State.DECODE))
+        decoding = sum(1 for s in self._running.values() if s.state is State.DECODE and not s.submit.shadow)
+        return self._limits.prefill_budget(decoding)
 
     def plan(self, golden: tuple[RowPlan, ...] = (), unproven: Collection[str] = ()) -> StepPlan:
         """The next step: a token for every decoding row, and prompt chunks within the budget.
@@ -229,9 +235,10 @@ class Scheduler:
             if s.state is State.DECODE
             for row in decode_rows(s, self._slot(s), self._eos)
         ]
-        budget = self._limits.prefill_budget(len(rows)) - sum(row.length for row in golden)
+        budget = self.prompt_room - sum(row.length for row in golden)
         rows += golden
-        for sequence in self._running.values():
+        # A shadow's prompt is computed with what the others' leave.
+        for sequence in sorted(self._running.values(), key=lambda s: s.submit.shadow):
             if budget <= 0:
                 break
             if sequence.state is State.PREFILL and sequence.adapter not in unproven:
@@ -266,7 +273,7 @@ class Scheduler:
                 events.append((row.key, self._fault(sequence, fault, now)))
                 continue
             sequence.computed += row.length
-            self._waiting.charge(sequence.scope, OUTPUT * sum(found is not None for found in outcomes))
+            self._charge(sequence, OUTPUT * sum(found is not None for found in outcomes))
             if sequence.search is not None:
                 events += [(row.key, event) for event in self._advance(sequence, sequence.search, result, now)]
                 continue
@@ -350,7 +357,7 @@ class Scheduler:
 
     def fail_all(self, code: str, message: str) -> list[Outgoing]:
         """End everything: the engine stops."""
-        left = [*self._waiting.values(), *self._running.values()]
+        left = [*self._waiting.values(), *self._shadows.values(), *self._running.values()]
         return [*self._admission.endings(), *((s.key, self._fail(s, code, message)) for s in left)]
 
     def _fault(self, sequence: Sequence, found: Sampled, now: float) -> Failed:
@@ -370,6 +377,7 @@ class Scheduler:
 
     def _fail(self, sequence: Sequence, code: str, message: str, retry_after_s: float | None = None) -> Failed:
         self._waiting.remove(sequence.key)
+        self._shadows.remove(sequence.key)
         if sequence.key in self._running:
             self._release(sequence)
         sequence.state = State.FINISHED
@@ -377,6 +385,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.key]
+        self._admission.lent -= sequence.submit.shadow
         if sequence.adapter is not None:
             self.breaker.ended(sequence.adapter, sequence.key)
         if sequence.state is State.PREFILL and sequence.computed > sequence.reused:

@@ -180,6 +180,38 @@ def test_an_adapter_gets_a_slot_though_those_there_are_always_leased_and_asked_f
     assert first - case.asked[key].at <= 1.0 / STEP_S + 30 + 10
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    slots=st.integers(1, 5),
+    longest=st.integers(1, 12),
+    patience=st.integers(0, 20),
+    late=st.integers(1, 3),
+    seed=st.integers(0, 2**32),
+)
+def test_whoever_waits_for_a_slot_has_one_within_its_bound(
+    rows: int, slots: int, longest: int, patience: int, late: int, seed: int
+) -> None:
+    """Every slot is asked for again and again. Of k newcomers each starts within a load, the first free row, and k
+    times patience and the longest answer under way twice: to drain, and until a row is free again."""
+    rng = random.Random(seed)
+    case = SchedulerCase(rows=rows, slots=slots, patience_s=patience * STEP_S)
+
+    def step() -> None:
+        while case.scheduler.waiting < 8:
+            case.submit(f"a{rng.randrange(slots)}", prompt=rng.randrange(1, 9), tokens=rng.randint(1, longest))
+        case.step()
+
+    for _ in range(40):
+        step()
+    keys = [case.submit(f"late-{number}", tokens=rng.randint(1, longest)) for number in range(late)]
+    most = 4 + longest + late * (patience + 2 * longest + 4)
+    while not all(case.asked[key].first for key in keys):
+        step()
+        assert case.steps - case.asked[keys[0]].at <= most
+    case.run()
+
+
 def test_what_drains_for_a_cancelled_request_is_used_again() -> None:
     case = SchedulerCase(rows=4, slots=1, patience_s=0.1)
     for number in range(40):

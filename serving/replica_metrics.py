@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from serving.engine.request import Heartbeat
-from serving.router import ReplicaView
+from serving.replica import ReplicaView
 
 Figure = Callable[[Heartbeat], float]
 _GAUGES: Final[tuple[tuple[str, str, Figure], ...]] = (

@@ -13,23 +13,20 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import structlog
 
-from adapters.errors import AdapterCapacity, EngineLost, NotReady, QueueFull
+from adapters.errors import AdapterCapacity, DeadlineExceeded, EngineLost, NotReady, QueueFull
 from serving.engine.request import EngineFacts, Event, Failed, Heartbeat, Moved, Sampling
-from serving.link import Address, EngineLink
-from serving.routing import Candidate, Heat, Ledger, PrefixMemory, choose
+from serving.link import Address
+from serving.replica import Member, Replica, ReplicaView, link_to
+from serving.routing import Candidate, Heat, PrefixMemory, choose
 from serving.summing import last_words, together
 
 _LOOK_S = 0.5
 _LOOK_SOON_S = 0.1  # while there is none at all
 # Heartbeats come twice a second: a replica that misses so many is not asked while others answer.
 _SILENT_S = 3.0
-# An engine that computes nothing for so long hangs: one without work proves itself every few seconds.
-_HUNG_S = 15.0
 _COPY_TTL_S = 60.0
 _COPY_REST_S = 2.0
 _ELSEWHERE = frozenset({QueueFull.code, AdapterCapacity.code, NotReady.code})
@@ -37,74 +34,8 @@ _ABSENT = frozenset({EngineLost.code, NotReady.code})
 _NO_REPLICA = Failed(0, NotReady.code, "No engine is ready; it is starting or restarting.", retry_after_s=2.0)
 _log = structlog.get_logger()
 
-
-class Replica(Protocol):
-    """One replica's link: EngineDoor, and a life of its own."""
-
-    @property
-    def facts(self) -> EngineFacts | None: ...
-    @property
-    def heartbeat(self) -> Heartbeat | None: ...
-    @property
-    def heartbeat_age_s(self) -> float: ...
-
-    def submit(
-        self,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        adapter: str | None,
-        choice: int,
-        deadline_s: float,
-        tenant: str,
-        *,
-        shadow: bool = False,
-    ) -> AsyncGenerator[Event, None]: ...
-    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed: ...
-    async def pin(self, digest: str, on: bool) -> Moved | Failed: ...
-    async def drop(self, digest: str, deadline_s: float) -> Moved | Failed: ...
-    async def run(self) -> None: ...
-    def fail_running(self, code: str, message: str) -> None: ...
-
-
 Directory = Callable[[], Awaitable[Sequence[Address]]]
 _Asking = Callable[[Replica], Awaitable[Moved | Failed]]
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaView:
-    """One replica as /metrics shows it. sent: sequences sent there so far."""
-
-    name: str
-    connected: bool
-    leaving: bool
-    heartbeat: Heartbeat | None
-    heartbeat_age_s: float
-    load: float
-    sent: int
-
-
-@dataclass(slots=True)
-class _Member:
-    """A replica that the directory named. leaving: it is named no more, and only finishes what it has."""
-
-    address: Address
-    link: Replica
-    ledger: Ledger = field(default_factory=Ledger)
-    task: asyncio.Task[None] | None = None
-    leaving: bool = False
-    greeted: bool = False
-    sent: int = 0
-
-    @property
-    def hung(self) -> bool:
-        return self.ledger.beat is not None and self.ledger.beat.idle_s > _HUNG_S
-
-    def look(self) -> bool:
-        """Take in the last heartbeat; whether the replica is connected."""
-        beat = self.link.heartbeat
-        if beat is not None and beat is not self.ledger.beat:
-            self.ledger.heard(beat)
-        return self.link.facts is not None
 
 
 class Router:
@@ -116,14 +47,14 @@ class Router:
     def __init__(
         self,
         directory: Directory,
-        connect: Callable[[Address], Replica] | None = None,
+        connect: Callable[[Address], Replica] = link_to,
         *,
         rng: random.Random | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._directory, self._connect = directory, connect or _link_to
+        self._directory, self._connect = directory, connect
         self._rng, self._now = rng or random.Random(), now
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, Member] = {}
         self._prefixes, self._heat = PrefixMemory(), Heat()
         self._departed: Heartbeat | None = None
         # What was asked of all replicas holds for those that come later: until when (seconds), and by digest.
@@ -180,7 +111,7 @@ class Router:
                     member.link.submit(prompt, sampling, adapter, choice, deadline_s, tenant, shadow=shadow)
                 ) as events:
                     async for event in events:
-                        if not begun and isinstance(event, Failed) and event.code in _ELSEWHERE:
+                        if not begun and isinstance(event, Failed) and _refused(event):
                             answer = event
                             break
                         begun = True
@@ -250,10 +181,10 @@ class Router:
         try:
             while True:
                 try:
-                    self._follow(await self._directory())
-                except ConnectionError as error:  # nobody to ask: what is connected stays so
-                    _log.debug("directory_not_reachable", error=str(error))
-                self.tend()
+                    self._follow(await self._named())
+                    self.tend()
+                except Exception:  # a loop that ended would leave new replicas unseen for ever
+                    _log.exception("replicas_not_followed")
                 await asyncio.sleep(_LOOK_S if self._connected() else _LOOK_SOON_S)
         finally:
             tasks = [m.task for m in self._members.values() if m.task is not None]
@@ -261,6 +192,13 @@ class Router:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _named(self) -> Sequence[Address]:
+        try:
+            return await self._directory()
+        except ConnectionError as error:  # nobody to ask: who was named stays so
+            _log.debug("directory_not_reachable", error=str(error))
+            return [member.address for member in self._members.values() if not member.leaving]
 
     def tend(self) -> None:
         """Greet newcomers, forget the gone, and copy what is too hot. `run` calls it twice a second."""
@@ -287,16 +225,16 @@ class Router:
             copy = self._copy(digest, self._members[name])
             self._copying[digest, name] = asyncio.get_running_loop().create_task(copy)
 
-    def _connected(self) -> list[_Member]:
+    def _connected(self) -> list[Member]:
         return [m for m in self._members.values() if m.look()]
 
-    def _fresh(self, members: Sequence[_Member]) -> list[_Member]:
+    def _fresh(self, members: Sequence[Member]) -> list[Member]:
         """Those that are heard of and compute, or all when none does: then whoever judges health decides."""
         return [m for m in members if m.link.heartbeat_age_s <= _SILENT_S and not m.hung] or list(members)
 
     def _pick(
         self, adapter: str | None, marks: Sequence[tuple[int, int]], beside: int, refused: set[str]
-    ) -> _Member | None:
+    ) -> Member | None:
         open_to = [m for m in self._connected() if m.address.replica not in refused]
         members = self._fresh([m for m in open_to if not m.leaving] or open_to)
         if not members:
@@ -324,17 +262,17 @@ class Router:
             member.leaving = name not in named
         for name, address in named.items():
             if name not in self._members:
-                member = self._members[name] = _Member(address, self._connect(address))
+                member = self._members[name] = Member(address, self._connect(address))
                 member.task = asyncio.get_running_loop().create_task(member.link.run())
 
-    def _forget(self, name: str, member: _Member) -> None:
+    def _forget(self, name: str, member: Member) -> None:
         del self._members[name]
         if member.task is not None:
             member.task.cancel()
         if member.ledger.beat is not None:
             self._departed = last_words(b for b in (self._departed, member.ledger.beat) if b is not None)
 
-    async def _greet(self, member: _Member) -> None:
+    async def _greet(self, member: Member) -> None:
         """Ask of a newcomer what was asked of the others."""
         now = self._cool()
         asked = [member.link.warm(digest, until - now) for digest, until in self._warm.items()]
@@ -343,7 +281,7 @@ class Router:
             if isinstance(answer, Failed):
                 _log.warning("replica_not_warmed", replica=member.address.replica, code=answer.code)
 
-    async def _copy(self, digest: str, member: _Member) -> None:
+    async def _copy(self, digest: str, member: Member) -> None:
         name = member.address.replica
         answer = await member.link.warm(digest, _COPY_TTL_S)
         if isinstance(answer, Failed):
@@ -372,6 +310,12 @@ class Router:
         return Moved(0, moved[0].digest, _farthest(moved), sum(a.bytes for a in moved), slowest.load)
 
 
+def _refused(failed: Failed) -> bool:
+    """Whether the replica never began. A deadline that was passed has no time to retry, one that cannot be met has."""
+    late = failed.code == DeadlineExceeded.code and failed.retry_after_s is not None
+    return late or failed.code in _ELSEWHERE
+
+
 def _farthest(moved: Sequence[Moved]) -> str:
     """Where the adapter is on the replica that has it farthest away."""
     order = ("device", "host", "disk", "store", "gone")
@@ -381,10 +325,3 @@ def _farthest(moved: Sequence[Moved]) -> str:
 def _seconds(moved: Moved) -> float:
     load = moved.load
     return load.queue_s + load.fetch_s + load.host_s + load.device_s if load is not None else 0.0
-
-
-def _link_to(address: Address) -> EngineLink:
-    async def locate() -> Address:
-        return address
-
-    return EngineLink(locate)

@@ -29,6 +29,8 @@ _HOT_HALF_LIFE_S = 2.0
 _BEATS_TO_SHOW = 2
 _SHORTEST_PREFIX = 16
 _REMEMBERED = 16384
+# Why an adapter may be set aside on one replica and be well on the next; other reasons lie in the adapter.
+_ITS_OWN_FAULT = "slot_contents"
 
 _Key = TypeVar("_Key")
 
@@ -136,10 +138,12 @@ class Ledger:
         if adapter is None:
             return DEVICE
         beat, taken = self.beat, self._taken()
+        if beat is None:
+            return DEVICE if adapter in taken else FREE_SLOT
+        if any(s.digest == adapter and s.seconds > 0 and s.reason == _ITS_OWN_FAULT for s in beat.set_aside):
+            return FULL
         if adapter in taken:
             return DEVICE
-        if beat is None:
-            return FREE_SLOT
         if adapter in beat.host_digests:
             return HOST
         if len(taken) < beat.slots_total:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from serving.engine.request import Heartbeat, SlotState
+from serving.engine.request import Heartbeat, SetAsideState, SlotState
 
 Figure = int | float | dict[str, object] | tuple[object, ...]
 
@@ -33,7 +33,8 @@ def together(beats: Sequence[Heartbeat], gone: Iterable[Heartbeat] = ()) -> Hear
     """All replicas as one engine; None without any. gone: last words of replicas whose counters still count.
 
     Numbers add up, but idle_s is that of the liveliest and other times are the longest; an adapter that lies in
-    several slots is told once, with all its leases; pinned and warm is what every replica has pinned and warm.
+    several slots is told once, with all its leases, and one that is set aside where it is so for longest; pinned and
+    warm is what every replica has pinned and warm.
     """
     if not beats:
         return None
@@ -66,14 +67,18 @@ def _one(name: str, values: Sequence[Figure]) -> Figure:
 
 def _union(values: Sequence[tuple[object, ...]]) -> tuple[object, ...]:
     slots: dict[str, SlotState] = {}
+    aside: dict[str, SetAsideState] = {}
     others: dict[object, None] = {}
     for item in (item for value in values for item in value):
         if isinstance(item, SlotState):
             leases = slots[item.digest].leases if item.digest in slots else 0
             slots[item.digest] = msgspec.structs.replace(item, leases=item.leases + leases)
+        elif isinstance(item, SetAsideState):
+            known = aside.setdefault(item.digest, item)
+            aside[item.digest] = max(known, item, key=lambda state: (state.seconds, state.times))
         else:
             others[item] = None
-    return (*slots.values(), *others)
+    return (*slots.values(), *aside.values(), *others)
 
 
 def _add(values: Sequence[Figure]) -> Figure:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.errors import ConfigInvalid
-from serving.engine.request import Event, Failed, Finished, Heartbeat, Moved, Sampling, SlotState, Tokens
+from serving.engine.request import Event, Failed, Finished, Heartbeat, Moved, Sampling, SetAsideState, SlotState, Tokens
 from serving.link import Address
 from serving.router import Router
 from serving.routing import DEVICE, EVICTABLE, FREE_SLOT, FULL, HOST, Candidate, Heat, Ledger, PrefixMemory, choose
@@ -240,6 +240,19 @@ def test_what_is_pinned_on_one_replica_alone_is_not_told_as_pinned() -> None:
     assert (whole.pinned, whole.warm, whole.dropping) == ((Y,), (), (Z,))
 
 
+def test_an_adapter_set_aside_on_two_replicas_is_told_once_with_the_longer_time() -> None:
+    short, long = (SetAsideState(X, "numerics", seconds, 1) for seconds in (5.0, 30.0))
+    whole = together([beat(set_aside=(short,)), beat(set_aside=(long, SetAsideState(Y, "no_effect", 1.0, 1)))])
+    assert whole is not None
+    assert whole.set_aside == (long, SetAsideState(Y, "no_effect", 1.0, 1))
+
+
+def test_a_replica_whose_slot_was_found_wrong_is_the_last_to_be_asked_for_that_adapter() -> None:
+    wrong = ledger(slots=(SlotState(X, 0, 4),), set_aside=(SetAsideState(X, "slot_contents", 9.0, 1),))
+    assert wrong.residency(X) == FULL
+    assert ledger(slots=(SlotState(X, 0, 4),), set_aside=(SetAsideState(X, "numerics", 9.0, 1),)).residency(X) == DEVICE
+
+
 def test_one_heartbeat_alone_is_told_as_it_is() -> None:
     only = beat(tokens=3, slots=(SlotState(X, 1, 4),), load_histograms={"store": (1, 1)}, load_seconds={"store": 0.5})
     assert together([only]) == only
@@ -280,10 +293,9 @@ class FakeReplica(FakeEngine):
         self.failed: list[str] = []
         self.ended = False
 
-    async def submit(  # type: ignore[override]
-        self, *arguments: Any, **options: Any
-    ) -> AsyncGenerator[Event, None]:
-        async with contextlib.aclosing(super().submit(*arguments, **options)) as stream:
+    async def submit(self, *arguments: Any, **options: Any) -> AsyncGenerator[Event, None]:
+        scripted: Any = super().submit(*arguments, **options)
+        async with contextlib.aclosing(scripted) as stream:
             while not self.dead.is_set():
                 following = asyncio.ensure_future(anext(stream, None))
                 dying = asyncio.ensure_future(self.dead.wait())
@@ -419,9 +431,10 @@ def test_a_replica_that_dies_takes_its_own_streams_and_no_other() -> None:
     run(scenario())
 
 
-def test_what_a_replica_refused_before_it_began_is_offered_to_the_other() -> None:
+@pytest.mark.parametrize("code", ["queue_full", "adapter_capacity", "deadline_exceeded", "not_ready"])
+def test_what_a_replica_refused_before_it_began_is_offered_to_the_other(code: str) -> None:
     def full(submission: Submission) -> Sequence[int | Failed]:
-        return [Failed(0, "queue_full", "full", 1.0)]
+        return [Failed(0, code, "no", 1.0)]
 
     async def scenario() -> None:
         fleet = Fleet(a=FakeReplica(script=full), b=FakeReplica(script=say("yes")))
@@ -430,7 +443,7 @@ def test_what_a_replica_refused_before_it_began_is_offered_to_the_other() -> Non
                 assert isinstance((await ask(router, None, (number,)))[-1], Finished)
             fleet.replicas["b"].script = full
             events = await ask(router)
-            assert [e.code for e in events if isinstance(e, Failed)] == ["queue_full"]
+            assert [e.code for e in events if isinstance(e, Failed)] == [code]
             assert len(events) == 1
 
     run(scenario())

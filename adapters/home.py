@@ -43,7 +43,10 @@ class Home:
             raise HomeUnusable(f"{wanted} names no folder here; set LORAPLANE_HOME to a folder of yours") from None
         with usable(chosen):
             chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return cls(chosen, store or os.environ.get("LORAPLANE_STORE", ""))
+        shared = store or os.environ.get("LORAPLANE_STORE", "")
+        if shared and "://" not in shared:  # other processes of ours are in other folders
+            shared = str(Path(shared).expanduser().absolute())
+        return cls(chosen, shared)
 
     @property
     def database(self) -> Path:

@@ -29,6 +29,16 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, help="Adapters that lie on the device at the same time.")] = 16,
     max_rank: Annotated[int, typer.Option(min=1, help="Highest LoRA rank that is loaded.")] = 64,
     host_mib: Annotated[int, typer.Option(min=1, help="Host memory for adapters, in MiB.")] = 2048,
+    disk_mib: Annotated[
+        int, typer.Option(min=0, help="Disk for adapters as they are installed, in MiB; 0: none.")
+    ] = 8192,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Where servers share blobs: a folder, or s3://bucket/prefix and the like (LORAPLANE_STORE).",
+        ),
+    ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Sequences that may wait; beyond them 429.")] = 256,
     prefix_reuse: Annotated[
         bool, typer.Option(help="Let a prompt start behind what its tenant's adapter has computed already.")
@@ -76,6 +86,8 @@ def serve(
         slots=slots,
         max_rank=max_rank,
         host_bytes=host_mib << 20,
+        disk_bytes=disk_mib << 20,
+        store=store,
         queue_limit=queue,
         prefix_reuse=prefix_reuse,
         replicas=replicas,

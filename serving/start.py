@@ -41,6 +41,8 @@ class ServeOptions:
     slots: int
     max_rank: int
     host_bytes: int
+    disk_bytes: int
+    store: str | None
     queue_limit: int
     prefix_reuse: bool
     replicas: int | None = None
@@ -55,7 +57,7 @@ def start(options: ServeOptions) -> int:
     settings = load_settings(host=options.host, port=options.port, drain_s=options.drain_s)
     wanted = scaling(options.replicas, options.min_replicas, options.max_replicas)
     _check_device(options.device, wanted)
-    home = Home.find(options.home)
+    home = Home.find(options.home, options.store)
     listener = bind(settings)
     registry = Registry.open(home)
     try:
@@ -100,6 +102,9 @@ def _engine(options: ServeOptions, home: Home, record: BaseRecord, folder: Path,
         slots=options.slots,
         max_rank=options.max_rank,
         host_bytes=options.host_bytes,
+        store=home.store,
+        packed=str(home.packed),
+        disk_bytes=options.disk_bytes,
         queue_limit=options.queue_limit,
         prefix_reuse=options.prefix_reuse,
     )
@@ -159,6 +164,7 @@ def _parts(
         "engine_queue": config.queue_limit,
         "engine_context_tokens": config.max_model_len,
         "engine_host_bytes": config.host_bytes,
+        "engine_disk_bytes": config.disk_bytes,
         "engine_rank": config.max_rank,
         "engine_threads": config.num_threads,
     }

@@ -214,7 +214,8 @@ class Engine:
             adapter, times = self._host.take(digest)
             begun = self._now()
             self._runner.install(placement.slot, adapter)
-            times = msgspec.structs.replace(times, device_s=self._now() - begun)
+            if times.source == "host":
+                self._host.counts.count("host", self._now() - begun)
             self._ranks[digest], self._sizes[digest] = adapter.rank, adapter.size_bytes
         except Exception as error:
             _log.exception("adapter_install_failed", digest=digest, error=type(error).__name__)

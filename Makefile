@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint serve bench bench-peers bench-train loadtest clean
+.PHONY: help install demo test lint serve bench bench-peers bench-swap bench-train loadtest scenarios clean
 .NOTPARALLEL:
 
 help: ## Show this list
@@ -34,15 +34,22 @@ serve: $(STAMP) ## Fetch the default base if need be and serve on 127.0.0.1:8000
 	@$(BIN)/loraplane models pull
 	@exec $(BIN)/loraplane serve $(ARGS)
 
-bench: $(STAMP) ## Measure the engine alone and behind HTTP, in their short forms: about 3 minutes
+bench: $(STAMP) ## Measure engine, edge and swapping, in their short forms: about 8 minutes
 	@$(BIN)/python -m loadtests.bench_engine --short $(ARGS)
 	@$(BIN)/python -m loadtests.bench_http --short $(ARGS)
+	@$(BIN)/python -m loadtests.bench_swap --short $(ARGS)
+
+bench-swap: $(STAMP) ## Measure 2,000 registered adapters, cold ones, and more than there are slots
+	@$(BIN)/python -m loadtests.bench_swap $(ARGS)
 
 bench-peers: $(STAMP) ## Install vLLM, transformers and PEFT in the cache, once (5 GB), and measure against them
 	@$(BIN)/python -m loadtests.bench_peers $(ARGS)
 
 bench-train: $(STAMP) ## Measure training against plain Trainer and PEFT
 	@$(BIN)/python -m loadtests.bench_train $(ARGS)
+
+scenarios: $(STAMP) ## Replay the loads W5, W6, W7 by locust, published figures beside ours; ARGS="W1 --short" others
+	@$(BIN)/python -m loadtests.scenarios $(if $(ARGS),$(ARGS),W5 W6 W7)
 
 loadtest: $(STAMP) ## 30 s of locust against a server it starts; checks the digest of every answer
 	@$(BIN)/python -m loadtests.run $(ARGS)

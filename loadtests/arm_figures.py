@@ -30,7 +30,8 @@ _REFUSED = f"{Problem.HTTP_STATUS.value}: 429"
 class ArmRun:
     """An arm that was replayed. picks: the adapter of each request, as planned; model: what it is called there.
 
-    flipped: what moves of aliases came to meanwhile, where there were any.
+    flipped: what moves of aliases came to meanwhile, where there were any; again: the same weights and prompts asked
+    once more in quiet, by pinned versions.
     """
 
     arm: Arm
@@ -40,6 +41,7 @@ class ArmRun:
     slots: int
     offered_per_s: float | None
     flipped: Flipped | None = None
+    again: Samples = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class Figure:
 def arm_found(run: ArmRun) -> ArmFound:
     """Sum up an arm."""
     ended = [s for s in run.samples if not s["unfinished"]]
-    odd = set(odd_texts(ended))
+    odd = set(odd_texts(ended, run.again))
     blamed = [[*s["violations"], *([Problem.WRONG_CONTENT.value] if i in odd else [])] for i, s in enumerate(ended)]
     refused = [bool(b) and all(v.startswith(_REFUSED) for v in b) for b in blamed]
     wrong = [any(v.partition(":")[0] in WRONG for v in b) for b in blamed]
@@ -119,7 +121,7 @@ def arm_found(run: ArmRun) -> ArmFound:
         refused=sum(refused),
         wrong=sum(wrong),
         # What the plan holds and nobody asked counts too: a run that was cut short is no whole one.
-        unfinished=len(run.picks) - len(ended),
+        unfinished=len(run.picks) - len(ended) + sum(s["unfinished"] for s in run.again),
         offered_per_s=None if run.offered_per_s is None else round(run.offered_per_s, 2),
         tokens_per_s=round(tokens / seconds(ended), 1) if tokens else 0.0,
         ttft_p50_ms=percentile(first_tokens_ms(good), 50),
@@ -159,17 +161,18 @@ def requests_per_s(samples: Samples) -> float:
     return (len(middle) - 1) / (middle[-1] - middle[0])
 
 
-def odd_texts(samples: Samples) -> list[int]:
+def odd_texts(samples: Samples, again: Samples = ()) -> list[int]:
     """Where a text is not what the same weights said to the same prompt otherwise: greedy answers do not vary.
 
-    Of each (digest, prompt, length) the text that came most often is the weights' own.
+    The weights' own text is what they said when asked again, else the one that came most often.
     """
     said: defaultdict[tuple[object, ...], Counter[str]] = defaultdict(Counter)
-    keys = [_key(s) for s in samples]
+    keys = [text_key(s) for s in samples]
     for sample, key in zip(samples, keys, strict=True):
         if key is not None:
             said[key][sample["text"]] += 1
     own = {key: texts.most_common(1)[0][0] for key, texts in said.items()}
+    own |= {key: s["text"] for s in again if (key := text_key(s)) is not None}
     return [i for i, (s, k) in enumerate(zip(samples, keys, strict=True)) if k is not None and s["text"] != own[k]]
 
 
@@ -177,15 +180,22 @@ def told_apart(samples: Samples) -> float | None:
     """The share of weights whose text to a prompt is theirs alone: how much the check of texts is worth."""
     by_prompt: defaultdict[tuple[object, ...], dict[object, str]] = defaultdict(dict)
     for sample in samples:
-        key = _key(sample)
+        key = text_key(sample)
         if key is not None:
             by_prompt[key[1:]][key[0]] = sample["text"]
     shares = [len(set(t.values())) / len(t) for t in by_prompt.values() if len(t) > 1]
     return round(statistics.fmean(shares), 3) if shares else None
 
 
-def _key(sample: Mapping[str, Any]) -> tuple[object, ...] | None:
-    """(weights, prompt, length) of a whole answer of a plan."""
+def compared(run: ArmRun) -> float | None:
+    """The share of whole answers whose weights were asked the same again."""
+    keys = [key for s in run.samples if (key := text_key(s)) is not None]
+    known = {text_key(s) for s in run.again}
+    return round(sum(key in known for key in keys) / len(keys), 3) if keys else None
+
+
+def text_key(sample: Mapping[str, Any]) -> tuple[object, ...] | None:
+    """(weights, prompt, length) of a whole answer of a plan; None of any other."""
     if sample["unfinished"] or sample["violations"] or sample["prompt"] < 0:
         return None
     return (sample["digest"], sample["prompt"], sample["tokens"])
@@ -249,9 +259,11 @@ def _flips(scenario: Scenario, runs: Sequence[ArmRun], found: Mapping[str, ArmFo
     flips = sum(f.flips for f in moved)
     # Without a flip that was seen to answer, "no error" would be true of a server that was never asked to swap.
     proven = bool(sum(f.answered for f in moved)) and all(f.requests for f in found.values())
-    failed = sum(f.failed + f.unfinished for f in found.values()) + sum(f.failed for f in moved)
+    broken = sum(bool(s["violations"]) for run in runs for s in run.again)
+    failed = sum(f.failed + f.unfinished for f in found.values()) + sum(f.failed for f in moved) + broken
     first = [f.first_answer_s for f in moved if f.first_answer_s is not None]
     apart = [share for run in runs if (share := told_apart(run.samples)) is not None]
+    checked = [share for run in runs if (share := compared(run)) is not None]
     return [
         line("failed, unanswered or unpublished", failed if proven else None, goal="W6.failed"),
         line(
@@ -261,6 +273,7 @@ def _flips(scenario: Scenario, runs: Sequence[ArmRun], found: Mapping[str, ArmFo
         ),
         line("flips under load", flips),
         line("promotion to the first token by it, median", max(first, default=None), "s"),
+        line("answers whose text was compared with the same asked in quiet", min(checked, default=None), "of all"),
         line("versions whose text is theirs alone", min(apart, default=None), "of all"),
     ]
 

@@ -12,16 +12,16 @@ import argparse
 import contextlib
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from adapters.records import BASE_ID
 from adapters.screen import note
-from loadtests.arm_figures import ArmFound, ArmRun, Figure, arm_found, figures, requests_per_s
+from loadtests.arm_figures import ArmFound, ArmRun, Figure, arm_found, figures, requests_per_s, text_key
 from loadtests.bench_shell import BenchFailed, Table, Told, add_base_options, parser, run
-from loadtests.flips import Flipper, flipped
+from loadtests.flips import Flip, Flipper, flipped
 from loadtests.goals import GOALS, Verdict
 from loadtests.profiles import Plan, Planned
 from loadtests.run import LoadTestFailed, drive
@@ -99,17 +99,18 @@ def play(scenario: Scenario, arm: Arm, at: Stage, url: str, *, rate: float, seed
     offered = None if arm.arrivals is None else rate * arm.arrivals.share
     limit = _LEAST_S + _PATIENCE * len(items) / max(_SLOWEST_PER_S, min(rate, offered or rate))
     flips = scenario.flip_every_s if arm in scenario.arms else 0.0
+    flipper: Flipper | None = None
     with contextlib.ExitStack() as stack:
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loraplane-plan-"))) / "plan.json"
-        made.write(path)
-        flipper = None
         if flips:
             names = [v.name for v in at.versions[: arm.adapters]]
             flipper = stack.enter_context(Flipper(at.door, at.base, names, scenario.kind, flips))
-        try:
-            samples, _ = drive(url, arm.users, limit, ["--plan", str(path)])
-        except LoadTestFailed as error:
-            raise BenchFailed(f"{scenario.id}, {arm.name}: {error}") from error
+        samples = _driven(scenario, arm, url, made, arm.users, limit)
+    again: list[dict[str, Any]] = []
+    if flipper is not None:
+        quiet = asked_again(made, samples, flipper.flips)
+        if quiet.items:
+            note(f"{scenario.id}: the same again in quiet, {len(quiet.items)} requests")
+            again = _driven(scenario, arm, url, quiet, scenario.rows, limit)
     return ArmRun(
         arm=arm,
         picks=tuple(item.adapter for item in items),
@@ -118,7 +119,28 @@ def play(scenario: Scenario, arm: Arm, at: Stage, url: str, *, rate: float, seed
         slots=at.slots,
         offered_per_s=offered,
         flipped=None if flipper is None else flipped(flipper.flips, samples),
+        again=again,
     )
+
+
+def _driven(scenario: Scenario, arm: Arm, url: str, made: Plan, users: int, limit_s: float) -> list[dict[str, Any]]:
+    """What came of a plan. Raises BenchFailed."""
+    with tempfile.TemporaryDirectory(prefix="loraplane-plan-") as folder:
+        path = Path(folder) / "plan.json"
+        made.write(path)
+        try:
+            return drive(url, users, limit_s, ["--plan", str(path)])[0]
+        except LoadTestFailed as error:
+            raise BenchFailed(f"{scenario.id}, {arm.name}: {error}") from error
+
+
+def asked_again(made: Plan, samples: Sequence[Mapping[str, Any]], flips: Sequence[Flip]) -> Plan:
+    """A plan of what was answered, each version and prompt once, by pinned ids: what weights say when nothing moves."""
+    lengths = {item.prompt: (item.prompt_tokens, item.max_tokens) for item in made.items}
+    answered = {(s["named"], s["prompt"]) for s in samples if text_key(s) is not None}
+    published = {f"{f.name}@{f.number}": f.digest for f in flips if not f.error}
+    items = [Planned(None, named, prompt, *lengths[prompt]) for named, prompt in sorted(answered)]
+    return replace(made, digests={**made.digests, **published}, items=items)
 
 
 def model_ids(scenario: Scenario, at: Stage) -> list[str]:

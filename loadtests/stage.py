@@ -70,12 +70,17 @@ def metrics(url: str) -> dict[tuple[str, ...], float]:
     }
 
 
+def value(found: Mapping[tuple[str, ...], float], name: str, *labels: str) -> float:
+    """The sum of a metric over everything that has these label values. Raises BenchFailed when there is none."""
+    known = [v for key, v in found.items() if key[0] == name and set(labels) <= set(key[1:])]
+    if not known:
+        raise BenchFailed(f"the server's metrics have no {' '.join((name, *labels))}; is its engine ready?")
+    return sum(known)
+
+
 def engine_limit(url: str, name: str) -> int:
     """One of the engine's limits. Raises BenchFailed when the server does not tell it."""
-    found = metrics(url).get(("engine_limit", name))
-    if found is None:
-        raise BenchFailed(f"{url}/metrics has no engine_limit {name!r}; is its engine ready?")
-    return int(found)
+    return int(value(metrics(url), "engine_limit", name))
 
 
 @contextlib.contextmanager

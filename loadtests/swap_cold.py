@@ -171,16 +171,19 @@ def _intrude(
 
 def drop_pages(root: Path, size_bytes: int) -> float:
     """Let the system forget the files under `root`; returns how long so many bytes take to read then, in ms."""
-    largest: tuple[int, Path] | None = None
+    files: list[tuple[int, Path]] = []
     for path in root.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                largest = max(largest or (0, path), (path.stat().st_size, path))
-    if largest is None:
+        with contextlib.suppress(OSError):
+            if path.is_file() and not path.is_symlink():
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                files.append((path.stat().st_size, path))
+    if not files:
         raise BenchFailed(f"there are no files under {root}")
+    # One as large as an adapter: a server may still hold pages of the base's files, and those are not forgotten.
+    _, chosen = min(files, key=lambda sized: abs(sized[0] - size_bytes))
     begun = time.perf_counter()
-    with largest[1].open("rb", buffering=0) as file:
+    with chosen.open("rb", buffering=0) as file:
         got = len(file.read(size_bytes))
         took = time.perf_counter() - begun
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -11,9 +11,8 @@ from pathlib import Path
 from adapters.records import BaseRecord
 from adapters.screen import note
 from loadtests.bench_home import Furnished, Kind, add_adapters
-from loadtests.bench_shell import BenchFailed
 from loadtests.closed_loop import CLIENTS, Ask, Prompter, Round
-from loadtests.stage import metrics
+from loadtests.stage import metrics, value
 from loadtests.swap_side import Size, hits, served
 
 FEW = 5
@@ -116,10 +115,7 @@ def many_against_few(
 
 def host_used(found: Mapping[tuple[str, ...], float]) -> float:
     """The share of its budget that the host tier takes. Raises BenchFailed when the server does not tell."""
-    held, limit = found.get(("adapter_host_bytes",)), found.get(("engine_limit", "host_bytes"))
-    if held is None or not limit:
-        raise BenchFailed("the server's metrics do not say what its adapters take in host memory")
-    return held / limit
+    return value(found, "adapter_host_bytes") / value(found, "engine_limit", "host_bytes")
 
 
 def traffic_between(
@@ -127,10 +123,10 @@ def traffic_between(
 ) -> Traffic:
     """What was moved a step between two looks at /metrics."""
 
-    def grown(name: str, skip: frozenset[str] = frozenset()) -> float:
-        keys = [k for k in after if k[0] == name and not skip & set(k[1:])]
+    def grown(name: str, *skip: str) -> float:
+        keys = [k for k in after if k[0] == name and not set(skip) & set(k[1:])]
         return sum(after[k] - before.get(k, 0.0) for k in keys)
 
     steps = max(1.0, grown("engine_steps_total"))
-    loads = grown("adapter_loads_total", frozenset({"failed", "host", "device"}))
-    return Traffic(distinct, loads / steps, grown("adapter_evictions_total") / steps)
+    loads = grown("adapter_loads_total", "failed", "host", "device")
+    return Traffic(distinct, loads / steps, grown("adapter_evictions_total", "host", "disk") / steps)

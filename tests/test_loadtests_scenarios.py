@@ -29,6 +29,7 @@ from loadtests.arm_figures import (
 from loadtests.bench_shell import BenchFailed
 from loadtests.flips import Flip, Flipper, flipped
 from loadtests.goals import Word
+from loadtests.profiles import Plan, Planned
 from loadtests.shapes import SCENARIOS, Arm, Scenario
 from loadtests.stage import Stage, engine_limit
 from loadtests.stub_server import BASE_DIGEST, NAME, Lie, Stub, digest_of, serving
@@ -108,6 +109,23 @@ def test_the_same_weights_say_the_same_to_the_same_prompt() -> None:
     assert odd_texts([*said[:3], *others]) == []
 
 
+def test_what_was_asked_again_in_quiet_outweighs_how_often_something_was_said() -> None:
+    """A version that lived for seconds answered a few times only, and may have been wrong each time."""
+    assert odd_texts([sample(text="wrong"), sample(text="wrong")], [sample(text="right")]) == [0, 1]
+
+
+def test_what_is_asked_again_is_every_version_and_prompt_once_by_its_number() -> None:
+    made = Plan("b", 320, "salt", {"a@1": "d1"}, [Planned(None, "a", 0, 50, 32), Planned(None, "a", 1, 50, 32)])
+    samples = [
+        sample(named="a@1"), sample(named="a@1"), sample(named="a@2", digest="d2", prompt=1),
+        sample(named="a@3", violations=("cut_short",)),
+    ]  # fmt: skip
+    again = scenarios.asked_again(made, samples, [Flip("a", 2, "d2", 0, 1), Flip("a", 0, "", 0, 1, "error")])
+    assert again.items == [Planned(None, "a@1", 0, 50, 32), Planned(None, "a@2", 1, 50, 32)]
+    assert again.digests == {"a@1": "d1", "a@2": "d2"}
+    assert again.salt == made.salt
+
+
 def test_failed_answers_and_those_of_no_plan_are_not_compared() -> None:
     odd = [sample(text="x", violations=("cut_short",)), sample(text="y", prompt=-1), sample(text="z", unfinished=True)]
     assert odd_texts([sample(), sample(), *odd]) == []
@@ -167,6 +185,10 @@ def w6(samples: Sequence[Mapping[str, Any]], **changes: Any) -> dict[str, Word]:
 
 def test_w6_without_a_fault_is_reached() -> None:
     assert w6([sample(), sample(4.0)]) == {"W6.failed": Word.REACHED, "W6.wrong": Word.REACHED}
+
+
+def test_a_version_that_cannot_be_asked_again_fails_w6() -> None:
+    assert w6([sample(), sample(4.0)], again=[sample(violations=("http_status: 404",))])["W6.failed"] is Word.NOT_DONE
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,9 @@ def test_a_quick_look_keeps_the_shape(scenario: Scenario) -> None:
 def test_only_w6_repeats_prompts() -> None:
     repeated = [s.id for s in SCENARIOS.values() if len({i.seed for i in schedule(s, s.arms[0], rate=1, seed=0)}) < 20]
     assert repeated == ["W6"]
+    fixed = SCENARIOS["W6"]  # its texts are compared: equal prompts must be answered at equal length
+    assert fixed.prompt[0] == fixed.prompt[1]
+    assert fixed.answer[0] == fixed.answer[1]
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:

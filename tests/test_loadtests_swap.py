@@ -78,6 +78,7 @@ def test_traffic_is_what_grew_and_failures_move_nothing() -> None:
         ("adapter_loads_total", "disk"): 10.0,
         ("adapter_loads_total", "failed"): 90.0,
         ("adapter_evictions_total",): 31.0,
+        ("adapter_evictions_total", "host"): 50.0,
     }
     assert traffic_between(BEFORE, after, 7.0) == Traffic(7.0, loads=0.2, installs=0.3)
 
@@ -85,7 +86,7 @@ def test_traffic_is_what_grew_and_failures_move_nothing() -> None:
 def test_host_memory_is_a_share_of_its_budget_and_silence_is_no_zero() -> None:
     found = {("adapter_host_bytes",): 30.0, ("engine_limit", "host_bytes"): 40.0}
     assert host_used(found) == 0.75
-    with pytest.raises(BenchFailed, match="do not say"):
+    with pytest.raises(BenchFailed, match="have no adapter_host_bytes"):
         host_used({("engine_limit", "host_bytes"): 40.0})
 
 

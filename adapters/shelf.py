@@ -19,6 +19,7 @@ from adapters.records import (
     BaseRecord,
     ModelId,
     Standing,
+    VersionState,
 )
 from adapters.rows import alias_of, base_of, standing_of, version_of
 
@@ -31,6 +32,17 @@ class Shelf:
 
     def __init__(self, tenant: str) -> None:
         self._tenant = tenant
+        table, versions = schema.standings, schema.versions
+        same = [table.c[key] == versions.c[key] for key in ("tenant", "name", "number")]
+        self._standings_query = (
+            sa.select(table, versions.c.digest, versions.c.base_digest)
+            .join(versions, sa.and_(*same))
+            .where(table.c.tenant == tenant)
+            .order_by(table.c.name, table.c.number)
+        )
+        self._withdrawals_query = self._standings_query.where(
+            versions.c.digest == sa.bindparam("wanted"), table.c.state != VersionState.LIVE.value
+        )
 
     def bases(self, connection: sa.Connection) -> list[BaseRecord]:
         """All bases in the order they came."""
@@ -118,15 +130,12 @@ class Shelf:
 
     def standings(self, connection: sa.Connection, *where: sa.ColumnElement[bool]) -> list[Standing]:
         """What was decreed on versions, by name and number; `where` narrows the versions."""
-        table, versions = schema.standings, schema.versions
-        same = [table.c[key] == versions.c[key] for key in ("tenant", "name", "number")]
-        query = (
-            sa.select(table, versions.c.digest, versions.c.base_digest)
-            .join(versions, sa.and_(*same))
-            .where(table.c.tenant == self._tenant, *where)
-            .order_by(table.c.name, table.c.number)
-        )
-        return [standing_of(row) for row in connection.execute(query).mappings()]
+        return [standing_of(row) for row in connection.execute(self._standings_query.where(*where)).mappings()]
+
+    def withdrawals(self, connection: sa.Connection, digest: str) -> list[Standing]:
+        """What keeps versions of this digest out of service. Asked for by every request."""
+        found = connection.execute(self._withdrawals_query, {"wanted": digest}).mappings()
+        return [standing_of(row) for row in found]
 
     def _rows(
         self, connection: sa.Connection, table: sa.Table, name: str | None, order: sa.ColumnElement[object]

@@ -100,13 +100,13 @@ class Standings:
             gone = {s.digest for s in found if s.state is not VersionState.LIVE}
             wanted = self._still_wanted(connection, gone, found) if gone else frozenset()
         barred = {s.digest for s in revoked}
-        return Decrees(revoked, frozenset((gone - wanted) | barred), tuple(s for s in found if s.pinned))
+        return Decrees(
+            revoked, frozenset((gone - wanted) | barred), tuple(s for s in found if s.pinned and s.digest not in barred)
+        )
 
     def refuse_withdrawn(self, connection: sa.Connection, version: AdapterVersion) -> None:
         """Raise VersionRevoked or VersionRetired unless the version is in service."""
-        state = schema.standings.c.state
-        where = (schema.versions.c.digest == version.digest, state != VersionState.LIVE.value)
-        for found in self._shelf.standings(connection, *where):
+        for found in self._shelf.withdrawals(connection, version.digest):
             if found.state is VersionState.REVOKED:
                 raise revoked(found, version.id)
             if found.id == version.id:

@@ -7,7 +7,8 @@ finish on what they began with, and the version before stays warm for a while, s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,10 @@ from serving.warden import Warden
 log = structlog.get_logger(__name__)
 
 _LAST_WORDS_S = 5.0  # what an engine may need beyond a drop's deadline
+# What flips keep warm may take so much of the host's budget: beyond it a version is loaded, but not held. Else flips in
+# quick succession would fill the host with versions that nobody asks for, and the next one could not be warmed at all.
+_SHARE_OF_HOST = 0.25
+_BARELY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +46,18 @@ class FlipLimits:
 class Flips:
     """The use cases on one gateway and its registry. Every method raises StoreFailed when the registry does."""
 
-    def __init__(self, gateway: Gateway, registry: Registry, warden: Warden, limits: FlipLimits) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        registry: Registry,
+        warden: Warden,
+        limits: FlipLimits,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._gateway, self._registry, self._warden, self._limits = gateway, registry, warden, limits
+        self._monotonic = monotonic
         self._aside: set[asyncio.Task[None]] = set()
+        self._held: dict[str, tuple[float, int]] = {}  # by digest: until when flips hold it, and its bytes
 
     async def promote(
         self,
@@ -132,7 +146,7 @@ class Flips:
     async def _make_ready(self, version: AdapterVersion) -> None:
         """Raises WarmFailed unless the version is warm within the deadline."""
         try:
-            await self._warmed(version, self._limits.warm_ttl_s)
+            await self._warmed(version, self._hold(version) or _BARELY_S)
         except (Overloaded, Unavailable) as error:
             raise WarmFailed(version.id, str(error), error.retry_after_s) from error
 
@@ -161,15 +175,25 @@ class Flips:
     async def _free_later(self, standing: Standing) -> None:
         await self._freed(standing, self._limits.longest_s)
 
-    async def _keep(self, version: AdapterVersion) -> None:
+    async def _keep(self, version: AdapterVersion, ttl_s: float) -> None:
         try:
-            await self._warmed(version, self._limits.warm_ttl_s)
+            await self._warmed(version, ttl_s)
         except LoraplaneError as error:
             log.warning("not_kept_warm", version=version.id, error=str(error)[:200])
 
     def _keep_warm(self, version: AdapterVersion) -> None:
-        if self._served(version):
-            self._in_background(self._keep(version))
+        if self._served(version) and (ttl_s := self._hold(version)):
+            self._in_background(self._keep(version, ttl_s))
+
+    def _hold(self, version: AdapterVersion) -> float:
+        """For how long a flip may hold a version on the host; 0 where flips hold their share of it already."""
+        now, beat = self._monotonic(), self._gateway.door.heartbeat
+        self._held = {d: held for d, held in self._held.items() if now < held[0] and d != version.digest}
+        held = sum(size for _, size in self._held.values()) + version.size_bytes
+        if beat is not None and held > beat.host_bytes_limit * _SHARE_OF_HOST:
+            return 0.0
+        self._held[version.digest] = (now + self._limits.warm_ttl_s, version.size_bytes)
+        return self._limits.warm_ttl_s
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -105,6 +105,7 @@ class FakeEngine:
 
     script: Script = field(default_factory=lambda: say("Hello, world"))
     max_model_len: int = 256
+    host_bytes_limit: int = 1 << 30
     pause_s: float = 0.0
     connected: bool = True
     idle_s: float = 0.0
@@ -160,7 +161,7 @@ class FakeEngine:
             slots_total=4,
             host_digests=tuple(sorted(seen)),
             host_bytes=100,
-            host_bytes_limit=1000,
+            host_bytes_limit=self.host_bytes_limit,
             idle_s=self.idle_s,
             steps=3,
             tokens=7,

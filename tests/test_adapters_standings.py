@@ -164,6 +164,16 @@ def test_what_leaves_service_is_no_longer_pinned(three: Registry) -> None:
     assert three.standings.decrees().pinned == ()
 
 
+def test_a_pin_does_not_hold_what_is_revoked_under_another_name(three: Registry) -> None:
+    """Else a gateway would pin and drop the same bytes for ever."""
+    publish(three, 2, name="twin")
+    three.standings.pin("twin", 1, True, who="t")
+    three.standings.revoke("sum", 3, who="t", reason="bad")
+    decrees = three.standings.decrees()
+    assert decrees.pinned == ()
+    assert decrees.unwanted == {three.version("sum", 3).digest}
+
+
 def test_decrees_on_what_is_not_there_say_so(three: Registry) -> None:
     s = three.standings
     verbs: list[Callable[[], object]] = [

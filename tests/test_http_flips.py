@@ -187,6 +187,18 @@ async def test_a_rollback_waits_for_no_load(client: httpx.AsyncClient, case: Cas
     assert (await ask(client)).json()["adapter_version"] == 1
 
 
+async def test_flips_hold_no_more_than_their_share_of_the_host(client: httpx.AsyncClient, case: Case) -> None:
+    """Else a flip every two seconds would fill the host with old champions, and the next one could not be loaded."""
+    size = case.registry.version("summarize", 1).size_bytes
+    case.engine.host_bytes_limit = 4 * 2 * size + 4  # a quarter of it holds two
+    for seed in range(3, 9):
+        assert (await promote(client, case.publish("summarize", seed, promote=False).number)).status_code == 200
+    await until(lambda: len(case.engine.warmed) == 7)  # the first champion, and each that followed
+    held = [digest for digest, ttl_s in case.engine.warmed.items() if ttl_s == 600.0]
+    assert len(held) == 2
+    assert set(case.engine.warmed.values()) == {600.0, 1.0}  # the others were loaded all the same
+
+
 async def test_a_version_of_another_base_is_promoted_without_this_engine(client: httpx.AsyncClient, case: Case) -> None:
     case.registry.add_base(base_record("alien"))
     files: Any = adapter_files(9, base_model_name_or_path="alien")

@@ -104,7 +104,7 @@ def play(scenario: Scenario, arm: Arm, at: Stage, url: str, *, rate: float, seed
         if flips:
             names = [v.name for v in at.versions[: arm.adapters]]
             flipper = stack.enter_context(Flipper(at.door, at.base, names, scenario.kind, flips))
-        samples = _driven(scenario, arm, url, made, arm.users, limit)
+        samples = _driven(scenario, arm, url, made, min(arm.users, len(items)), limit)
     again: list[dict[str, Any]] = []
     if flipper is not None:
         quiet = asked_again(made, samples, flipper.flips)

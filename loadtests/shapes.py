@@ -25,6 +25,7 @@ FIRST_TOKEN_LIMIT_S = 6.0
 HOT = 0  # the adapter that is asked ten times as often
 _SHORTER = 8
 _FEW = 100
+_CALLERS = 240  # of open arms: fewer than a gateway takes at once, more than ever wait
 _SPARE = 16  # positions
 
 
@@ -92,7 +93,7 @@ class Arm:
     adapters: int
     popularity: Popularity = Popularity(Law.UNIFORM)
     arrivals: Arrivals | None = None
-    users: int = 96
+    users: int = _CALLERS
     requests: int = 200
     merged: bool = False
 
@@ -245,9 +246,9 @@ _ALL = (
     Scenario(
         "W7", "one adapter at ten times the rate of eight others", "goal: p99 first token of the quiet at most 2 x",
         (
-            Arm("all alike", 1 + _QUIET, _UNIFORM, Arrivals(_STEADY_SHARE), requests=180),
+            Arm("all alike", 1 + _QUIET, _UNIFORM, Arrivals(_STEADY_SHARE), requests=270),
             Arm("one hot", 1 + _QUIET, Popularity(Law.HOT, 10.0),
-                Arrivals(_STEADY_SHARE * (10 + _QUIET) / (1 + _QUIET)), requests=360),
+                Arrivals(_STEADY_SHARE * (10 + _QUIET) / (1 + _QUIET)), requests=540),
         ),
     ),
     Scenario(

@@ -229,11 +229,11 @@ def test_only_flips_under_load_count_and_the_first_answer_is_dated_from_the_move
     assert found.first_answer_s == pytest.approx(0.52)
 
 
-def w7(quiet: Mapping[str, float], violations: tuple[str, ...] = ()) -> float | None:
+def w7(quiet: Mapping[str, float], **first: Any) -> float | None:
     runs = []
     for arm in SCENARIOS["W7"].arms:
         times = [sample(model=f"a{n}@1", ttft_ms=quiet[arm.name]) for n in range(1, 9)]
-        times[0]["violations"] = violations
+        times[0] |= first
         runs.append(run_of(arm, [*times, sample(model="a0@1", ttft_ms=9999.0)]))
     return judged("W7", runs)["p99 first token of the quiet, one hot / all alike"]
 
@@ -244,7 +244,12 @@ def test_w7_looks_at_the_quiet_ones_alone() -> None:
 
 
 def test_w7_is_not_judged_when_a_quiet_one_was_refused() -> None:
-    assert w7({"all alike": 100.0, "one hot": 100.0}, ("http_status: 429",)) is None
+    assert w7({"all alike": 100.0, "one hot": 100.0}, violations=("http_status: 429",)) is None
+
+
+def test_w7_is_not_judged_when_our_own_callers_were_the_queue() -> None:
+    """With every caller stuck behind the hot one, the quiet wait here and not in the server."""
+    assert w7({"all alike": 100.0, "one hot": 100.0}, late_ms=900.0) is None
 
 
 def test_w8_holds_the_unmerged_against_merged_and_base() -> None:

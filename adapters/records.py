@@ -14,6 +14,7 @@ DEFAULT_TENANT = "default"
 CHAMPION = "champion"
 BASE_ID = "base"
 RESERVED_NAMES = frozenset({BASE_ID, "latest"})
+ROUTE_NAMES = frozenset({"residency"})  # GET /v1/adapters/{name} of such an adapter would be another page
 
 _NAME = r"[a-z0-9](?:[._-]?[a-z0-9]){0,62}"
 _ALIAS = r"[a-z][a-z0-9_-]{0,31}"
@@ -51,7 +52,7 @@ def check_adapter_name(name: str) -> str:
     parsed = parse_model_id(name)
     if parsed.number is not None or parsed.alias is not None:
         raise InvalidRequest(f"{name!r} names a version; publish under a bare name.", "name")
-    if name in RESERVED_NAMES:
+    if name in RESERVED_NAMES | ROUTE_NAMES:
         raise InvalidRequest(f"{name!r} is reserved; choose another name.", "name")
     return name
 

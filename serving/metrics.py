@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,11 +12,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from adapters.records import MoveAction
+from serving.adapter_metrics import adapter_metrics
 from serving.answers import Ended
 from serving.engine.request import BASE_LANE, OTHER_LANES, EngineFacts, Heartbeat
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_NAMED_ADAPTERS = 200
+MAX_REMEMBERED = 4096
 OTHER = "other"
 
 # The bucket bounds that vLLM's dashboards and load tools expect.
@@ -32,6 +35,7 @@ _LATENCY = (
     40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
 _CHOICES = (1, 2, 5, 10, 20)
+_FIRST = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 86400.0)
 _HTTP = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -70,6 +74,7 @@ class Metrics:
         name_of: Callable[[str], str] = lambda digest: digest[:12],
         limits: Mapping[str, float] | None = None,
         max_tokens: int = 8192,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self.registry = CollectorRegistry()
         self._model = model_name
@@ -100,6 +105,12 @@ class Metrics:
             self._success.labels(model_name, reason)
         self._requests = self._counter("adapter_requests", "Requests that reached an adapter.", "adapter", "outcome")
         self._refusals = self._counter("adapter_refusals", "Requests refused or failed, by error code.", "code")
+        self._first_answer = Histogram(
+            "adapter_publish_to_first_answer_seconds", "From a version's publication to the first token of its first "
+            "answer here, of versions published since this gateway started.", buckets=_FIRST, registry=self.registry,
+        )  # fmt: skip
+        self._started, self._now = now(), now
+        self._answered: OrderedDict[str, None] = OrderedDict()
         self._publishes = self._counter("adapter_publishes", "Versions published over HTTP.")
         self._moves = self._counter("adapter_moves", "Alias moves and decrees over HTTP, by action.", "action")
         for action in MoveAction:
@@ -135,6 +146,7 @@ class Metrics:
             self._success.labels(self._model, reason).inc()
         if record.first_token_s is not None:
             self._ttft.observe(record.first_token_s)
+            self._note_first(record, record.first_token_s)
         if record.outcome != "complete":
             return
         self._e2e.observe(record.total_s)
@@ -152,6 +164,17 @@ class Metrics:
             self._prefill.observe(timing.prefill_s)
             self._decode.observe(timing.decode_s)
             self._inference.observe(timing.prefill_s + timing.decode_s)
+
+    def _note_first(self, record: Ended, first_token_s: float) -> None:
+        """A version's first answer here. Of one that was published before this gateway started nobody knows whether
+        this is the first."""
+        digest, published_at = record.weights.digest, record.weights.published_at
+        if digest is None or published_at is None or published_at < self._started or digest in self._answered:
+            return
+        self._answered[digest] = None
+        if len(self._answered) > MAX_REMEMBERED:
+            self._answered.popitem(last=False)
+        self._first_answer.observe(max(0.0, self._now() - record.total_s + first_token_s - published_at))
 
     def refused(self, code: str) -> None:
         """A request came to an error; `code` is one of the error tree's."""
@@ -231,11 +254,12 @@ class _EngineCollector(Collector):
         )
         info.add_metric((str(facts.slots), names, waiting), self._changed_at)
         yield info
+        pinned = frozenset(beat.pinned)
         loaded = GaugeMetricFamily(
             "vllm:lora_adapter_loaded", "1 for each resident adapter.", labels=("adapter_name", "level", "pinned")
         )
-        for slot in beat.slots:
-            loaded.add_metric((self._name_of(slot.digest), "gpu", "false"), 1)
+        for slot in beat.slots[:MAX_NAMED_ADAPTERS]:
+            loaded.add_metric((self._name_of(slot.digest), "gpu", str(slot.digest in pinned).lower()), 1)
         for digest in beat.host_digests[:MAX_NAMED_ADAPTERS]:
             loaded.add_metric((self._name_of(digest), "cpu", "false"), 1)
         yield loaded
@@ -243,15 +267,9 @@ class _EngineCollector(Collector):
         yield self._gauge("vllm:num_cpu_loaded_lora_adapters", "Adapters in host memory.", len(beat.host_digests))
 
     def _own(self, beat: Heartbeat, facts: EngineFacts) -> Iterable[Metric]:
-        resident = GaugeMetricFamily("adapter_resident", "Adapters by tier.", labels=("tier",))
-        resident.add_metric(("device",), len(beat.slots))
-        resident.add_metric(("host",), len(beat.host_digests))
-        yield resident
-        leases = sum(slot.leases for slot in beat.slots)
-        yield self._gauge("adapter_leases", "Leases on resident adapters.", leases)
+        yield from adapter_metrics(beat)
         yield self._gauge("adapter_slots", "Device slots.", beat.slots_total)
         yield self._gauge("adapter_loading", "Adapters being loaded.", beat.loading)
-        yield self._gauge("adapter_quarantined", "Adapters set aside for their numbers.", len(beat.quarantined))
         waiting = GaugeMetricFamily("adapter_waiting", "Sequences that wait, by adapter.", labels=("adapter",))
         for who, count in sorted(beat.waiting_by.items()):
             waiting.add_metric((self._lane(who),), count)
@@ -269,6 +287,7 @@ class _EngineCollector(Collector):
             "kv_tokens": beat.kv_tokens_total,
             "queue": beat.queue_limit,
             "host_bytes": beat.host_bytes_limit,
+            "disk_bytes": beat.disk_bytes_limit,
         }.items():
             limits.add_metric((name,), value)
         yield limits
@@ -277,15 +296,6 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("vllm:prefix_cache_hits", text, value=beat.reused_tokens)
         yield CounterMetricFamily("engine_steps", "Engine steps.", value=beat.steps)
         yield CounterMetricFamily("engine_tokens", "Tokens produced.", value=beat.tokens)
-        yield CounterMetricFamily("adapter_evictions", "Adapters evicted from slots.", value=beat.evictions)
-        loads = CounterMetricFamily("adapter_loads", "Adapter loads by source.", labels=("source",))
-        for source, count in sorted(beat.loads.items()):
-            loads.add_metric((source,), count)
-        yield loads
-        seconds = CounterMetricFamily("adapter_load_seconds", "Seconds spent loading, by source.", labels=("source",))
-        for source, total in sorted(beat.load_seconds.items()):
-            seconds.add_metric((source,), total)
-        yield seconds
 
     def _lane(self, who: str) -> str:
         return who if who in _NO_ADAPTERS else self._name_of(who)

@@ -25,6 +25,7 @@ class Weights:
     """What answers a request: a base, and the version on top of it if there is one (contract C2).
 
     instead_of: the version that was asked for, when it is set aside and this one answers by the alias's policy.
+    published_at: when the version was, in unix seconds.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Weights:
     version: int | None = None
     digest: str | None = None
     instead_of: str | None = None
+    published_at: float | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -102,7 +104,15 @@ class Resolver:
 
     def _target(self, version: AdapterVersion, instead_of: str | None = None) -> Target:
         self._remember(version)
-        weights = Weights(version.id, version.base_digest, version.name, version.number, version.digest, instead_of)
+        weights = Weights(
+            version.id,
+            version.base_digest,
+            version.name,
+            version.number,
+            version.digest,
+            instead_of,
+            version.published_at.timestamp(),
+        )
         return Target(weights, version.prompt_format)
 
     def version(self, model: str) -> AdapterVersion:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 # Serving replays a row before it answers anybody, so rows are short: the end of a prompt, the beginning of an answer.
-PROMPT_TOKENS = 48
-ANSWER_TOKENS = 8
+PROMPT_TOKENS = 24
+ANSWER_TOKENS = 6
 LOOKED_AT = 8
 # bfloat16 moves a logit by up to 0.5 (docs/decisions.md), and of the two compared here each may be moved.
 TOLERANCE = 1.0

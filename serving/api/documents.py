@@ -236,6 +236,63 @@ class Blob(Shape):
     digest: str
 
 
+class TierRoom(Shape):
+    """What a tier holds of adapters, in bytes, and at most may."""
+
+    adapters: int
+    bytes: int
+    bytes_limit: int
+
+
+class SlotRoom(Shape):
+    """Device slots."""
+
+    total: int
+    used: int
+
+
+class SetAside(Shape):
+    """Why an adapter is not asked for a while; retry_after_s 0: the next request tries it."""
+
+    reason: Literal["numerics", "slot_contents", "no_effect", "golden_mismatch"]
+    retry_after_s: float
+    times: int
+
+
+class ResidentAdapter(Shape):
+    """An adapter on a replica. rank: of one that lies in a slot."""
+
+    digest: str
+    model: str
+    tiers: list[Literal["device", "host"]]
+    leases: int
+    rank: int | None
+    pinned: bool
+    warm: bool
+    dropping: bool
+    set_aside: SetAside | None
+
+
+class ReplicaResidency(Shape):
+    """A replica's tiers, and the adapters that it holds. left_out: how many more there are than `limit`."""
+
+    replica: str
+    slots: SlotRoom
+    host: TierRoom
+    disk: TierRoom
+    loading: int
+    evicted: dict[str, int]
+    adapters: list[ResidentAdapter]
+    left_out: int
+
+
+class Residency(Shape):
+    """Which adapters lie where."""
+
+    object: Literal["residency"]
+    replicas: list[ReplicaResidency]
+
+
 class Record(Shape):
     """A record of the registry; `object` says which."""
 

@@ -32,8 +32,8 @@ class FakeHost:
     _due: dict[str, float] = field(default_factory=dict)
 
     @property
-    def loading(self) -> int:
-        return len(self._due)
+    def budget_bytes(self) -> int:
+        return 1000 * self.keeps
 
     def want(self, digest: str) -> LoadState:
         if digest in self._held:
@@ -172,7 +172,8 @@ class SchedulerCase:
             ready = adapter is None or self.slots.holds(adapter) or self.host.bytes_of(adapter)
             if not self.rows.free or not ready:
                 continue
-            if adapter is not None and (adapter in admission._drains or not self.slots.can_have(adapter, awaited)):
+            spare = admission._before(lane) if admission._patient(lane, self.now) else awaited
+            if adapter is not None and (adapter in admission._drains or not self.slots.can_have(adapter, spare)):
                 continue
             assert lane.head.width > self.rows.free, f"{lane.scope} could run"
             return

@@ -30,6 +30,8 @@ ROWS = 9
 class Loaded:
     """A host tier that has everything."""
 
+    budget_bytes = 1 << 30
+
     def want(self, digest: str) -> LoadState:
         return LoadState(Load.READY)
 

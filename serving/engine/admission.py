@@ -19,7 +19,7 @@ from serving.engine.breaker import Breaker, Doubt
 from serving.engine.fair import FairQueue, Lane
 from serving.engine.forecast import Forecast
 from serving.engine.kv import RowTable
-from serving.engine.plan import Load, Loader, Outgoing
+from serving.engine.plan import Key, Load, Loader, Outgoing
 from serving.engine.request import Failed, State
 from serving.engine.sequence import Sequence
 from serving.engine.slots import Placement, SlotTable
@@ -49,9 +49,10 @@ class Admission:
         self._drains: dict[str, str] = {}  # whose slot drains -> for whom
         self._refused: list[Outgoing] = []
         self.lent = 0  # rows of shadows, which are to be had as soon as somebody else wants them
+        # So many adapters may be loading or lie ready on the host for those who wait, and no more than it holds; others
+        # wait with their loads, lest what is needed soon is pushed off the host by what is needed late.
         self._wanted: set[str] = set()
-        # So many adapters may be loading or lie ready on the host for those who wait; others wait with their loads,
-        # lest what is needed soon is pushed off the host by what is needed late.
+        self._room, self._usual_size = loader.budget_bytes, 0
         self._lookahead = max(LEAST_LOOKAHEAD, 2 * slots.slots)
 
     # -- who may wait ---------------------------------------------------------------------------------------------
@@ -103,8 +104,7 @@ class Admission:
         expected_s = max(load_s, wait_s)
         if expected_s < deadline_s:
             return None
-        if sequence.adapter is not None and load_s and len(self._wanted) < self._lookahead:
-            self._wanted.add(sequence.adapter)
+        if sequence.adapter is not None and load_s and self._may_want(sequence.adapter):
             self._loader.want(sequence.adapter)
         why = f"It would start in {expected_s:.1f} s; its deadline is in {deadline_s:.1f} s."
         retry = self.forecast.clamp(expected_s - deadline_s)
@@ -135,15 +135,32 @@ class Admission:
             else:
                 missing.append((lane, digest))
         missing.sort(key=lambda at: self.queue.rank(at[0]))
-        there = [(lane, digest) for lane, digest in missing if self._loader.bytes_of(digest)]
-        self._wanted = {digest for _, digest in there}
+        self._wanted, self._room = set(), self._loader.budget_bytes
         for lane, digest in missing:
-            if not self._loader.bytes_of(digest):
+            if self._loader.bytes_of(digest):
+                self._may_want(digest)
+                self._take_up(lane, digest, now)
+            else:
                 self._load(lane, digest, now)
-        # Whose turn comes first is asked for last: of what was wanted the host keeps the latest the longest.
-        for lane, digest in reversed(there):
-            self._take_up(lane, digest, now)
         return self.endings()
+
+    def _may_want(self, digest: str) -> bool:
+        """Whether there is room on the host for this adapter beside those whose turn comes before."""
+        if digest not in self._wanted and len(self._wanted) < self._lookahead:
+            size = self._size_of(digest)
+            if size <= self._room or not self._wanted:
+                self._wanted.add(digest)
+                self._room -= size
+        return digest in self._wanted
+
+    def _size_of(self, digest: str) -> int:
+        """As it is on the host, or was, or like the last one there."""
+        return self._loader.bytes_of(digest) or self._sizes.get(digest, self._usual_size)
+
+    def forget(self, key: Key) -> None:
+        """Nobody listens for this sequence any more, be it waiting or refused just now."""
+        self.queue.remove(key)
+        self._refused = [outgoing for outgoing in self._refused if outgoing[0] != key]
 
     def endings(self) -> list[Outgoing]:
         """The endings since the last call of sequences that waited."""
@@ -152,14 +169,15 @@ class Admission:
 
     def _load(self, lane: Lane, digest: str, now: float) -> None:
         self.queue.stand_back(lane)
-        if digest not in self._wanted and len(self._wanted) >= self._lookahead:
+        if not self._may_want(digest):
             return
         state = self._loader.want(digest)
         if state.load is Load.FAILED:
+            self._wanted.discard(digest)
+            self._room += self._size_of(digest)
             for sequence in list(lane.waiting.values()):
                 self._end(sequence, Failed(sequence.submit.id, *state.failure, retry_after_s=state.retry_after_s))
             return
-        self._wanted.add(digest)
         if lane.loading_since is None:
             lane.loading_since = now
 
@@ -168,7 +186,7 @@ class Admission:
         state = self._loader.want(digest)
         for sequence in lane.waiting.values():
             sequence.source, sequence.load = state.source, state.times or sequence.load
-        size = self._sizes[digest] = self._loader.bytes_of(digest)
+        size = self._sizes[digest] = self._usual_size = self._loader.bytes_of(digest)
         self._sizes.move_to_end(digest)
         if len(self._sizes) > KNOWN_SIZES:
             self._sizes.popitem(last=False)
@@ -238,7 +256,8 @@ class Admission:
 
     def _drains_on(self, victim: str, heir: str) -> bool:
         waits = any(lane.ready and lane.scope.adapter == heir for lane in self.queue.lanes())
-        return waits and self._slots.holds(victim) and not self._slots.holds(heir)
+        pinned = victim in self._slots.pinned  # since it was chosen
+        return waits and not pinned and self._slots.holds(victim) and not self._slots.holds(heir)
 
     # -- endings and books ----------------------------------------------------------------------------------------
 

@@ -48,6 +48,10 @@ class LoadState:
 class Loader(Protocol):
     """The host tier as admission sees it."""
 
+    @property
+    def budget_bytes(self) -> int:
+        """How much it holds."""
+
     def want(self, digest: str) -> LoadState:
         """Start loading if need be; never blocks."""
 

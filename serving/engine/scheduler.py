@@ -142,7 +142,7 @@ class Scheduler:
 
     def cancel(self, key: Key) -> None:
         """Forget a sequence; nobody listens for its events any more."""
-        self._waiting.remove(key)
+        self._admission.forget(key)
         self._shadows.remove(key)
         sequence = self._running.get(key)
         if sequence is not None:

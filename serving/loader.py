@@ -274,6 +274,11 @@ class HostTier:
         held = self._held.get(digest)
         return 0 if held is None else held.bytes
 
+    def laid_out(self, digest: str) -> bool:
+        """Whether an adapter is on the host in its slots' own form."""
+        held = self._held.get(digest)
+        return held is not None and held.adapter.form is not None
+
     def drop(self, digest: str) -> int:
         """Forget an adapter here and on the tiers below; how many bytes that frees.
 

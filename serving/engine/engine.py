@@ -269,8 +269,10 @@ class Engine:
         return out
 
     def _clear(self, digest: str) -> int:
-        """Empty the slot of an adapter nobody uses; how many bytes its tensors had there."""
+        """Empty the slot of an adapter nobody uses; how many bytes its tensors had there alone."""
         size = self._sizes.pop(digest, 0)
+        if self.facts.device == "cpu" and self._host.laid_out(digest):
+            size = 0  # such a slot reads what the host holds, where it lies
         self._ranks.pop(digest, None)
         self._proofs.gone(digest)
         self._runner.install(self._slots.slot_of(digest), _NOTHING)

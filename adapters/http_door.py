@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from adapters.canaries import Arm, CanaryLimits, CanaryReport, Split, Sticky
 from adapters.errors import (
     AdapterRefused,
     Conflict,
@@ -47,12 +48,15 @@ from adapters.strict_json import canonical
 from adapters.wire import (
     alias_from_json,
     base_from_json,
+    canary_report_from_json,
     move_from_json,
     page_items,
+    plain,
     policy_from_json,
     policy_to_json,
     report_from_wire,
     residency_from_json,
+    split_from_json,
     standing_from_json,
     summary_from_json,
     version_from_json,
@@ -149,6 +153,38 @@ class HttpDoor:
     def set_fallback(self, name: str, alias: str, fallback: Fallback, *, reason: str = "") -> AliasRecord:
         body = {"policy": fallback.value, "reason": reason}
         return alias_from_json(self._send("PUT", f"/v1/adapters/{name}/aliases/{alias}/fallback", body))
+
+    def set_canary(
+        self,
+        name: str,
+        number: int,
+        percent: float,
+        *,
+        alias: str,
+        sticky: Sticky,
+        limits: CanaryLimits,
+        reason: str = "",
+        expected: Expected = "any",
+    ) -> Split:
+        body = {"version": number, "percent": percent, "alias": alias, "reason": reason, **_expected(expected)}
+        body |= {"sticky": sticky.value, "limits": plain(limits)}
+        return split_from_json(self._send("PUT", f"/v1/adapters/{name}/canary", body))
+
+    def set_shadow(
+        self, name: str, number: int, percent: float, *, alias: str, reason: str = "", expected: Expected = "any"
+    ) -> Split:
+        body = {"version": number, "percent": percent, "alias": alias, "reason": reason, **_expected(expected)}
+        return split_from_json(self._send("PUT", f"/v1/adapters/{name}/shadow", body))
+
+    def stop_trial(self, name: str, kind: Arm, *, alias: str, reason: str = "") -> Move:
+        body = {"alias": alias, "reason": reason}
+        return move_from_json(self._send("POST", f"/v1/adapters/{name}/{kind.value}/stop", body))
+
+    def trials(self, name: str, alias: str) -> CanaryReport:
+        return canary_report_from_json(self._get(f"/v1/adapters/{name}/canary", {"alias": alias}))
+
+    def compare(self, body: Mapping[str, object]) -> Mapping[str, Any]:
+        return dict(self._send("POST", "/v1/compare", body))
 
     def retire(self, name: str, number: int, *, reason: str = "", deadline_s: float | None = None) -> Withdrawal:
         body = {"reason": reason, "deadline_s": deadline_s}

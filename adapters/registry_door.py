@@ -11,8 +11,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from adapters.canaries import Arm, CanaryLimits, CanaryReport, Split, Sticky
 from adapters.errors import AdapterRefused, Reason, ServerUnreachable
 from adapters.golden import GOLDEN_FILE
 from adapters.home import Home
@@ -98,6 +99,34 @@ class RegistryDoor(Protocol):
 
     def set_fallback(self, name: str, alias: str, fallback: Fallback, *, reason: str = "") -> AliasRecord:
         """Say who answers for an alias while its version is set aside."""
+
+    def set_canary(
+        self,
+        name: str,
+        number: int,
+        percent: float,
+        *,
+        alias: str,
+        sticky: Sticky,
+        limits: CanaryLimits,
+        reason: str = "",
+        expected: Expected = "any",
+    ) -> Split:
+        """Let a version answer some of an alias's requests."""
+
+    def set_shadow(
+        self, name: str, number: int, percent: float, *, alias: str, reason: str = "", expected: Expected = "any"
+    ) -> Split:
+        """Let a version compute some of an alias's requests unseen."""
+
+    def stop_trial(self, name: str, kind: Arm, *, alias: str, reason: str = "") -> Move:
+        """End the canary or the shadow of an alias."""
+
+    def trials(self, name: str, alias: str) -> CanaryReport:
+        """What is tried beside an alias, or was last, and what came of it."""
+
+    def compare(self, body: Mapping[str, object]) -> Mapping[str, Any]:
+        """One prompt to several models of a running server: POST /v1/compare, as it is. Raises ServerUnreachable."""
 
     def retire(self, name: str, number: int, *, reason: str = "", deadline_s: float | None = None) -> Withdrawal:
         """Hide a version; a server also lets what runs finish within the deadline, and frees its bytes."""
@@ -202,6 +231,46 @@ class LocalDoor:
 
     def set_fallback(self, name: str, alias: str, fallback: Fallback, *, reason: str = "") -> AliasRecord:
         return self.registry.set_fallback(name, alias, fallback, who=self._who, reason=reason)
+
+    def set_canary(
+        self,
+        name: str,
+        number: int,
+        percent: float,
+        *,
+        alias: str,
+        sticky: Sticky,
+        limits: CanaryLimits,
+        reason: str = "",
+        expected: Expected = "any",
+    ) -> Split:
+        return self.registry.canaries.set_canary(
+            name,
+            number,
+            percent,
+            who=self._who,
+            alias=alias,
+            sticky=sticky,
+            limits=limits,
+            reason=reason,
+            expected_version=expected,
+        )
+
+    def set_shadow(
+        self, name: str, number: int, percent: float, *, alias: str, reason: str = "", expected: Expected = "any"
+    ) -> Split:
+        return self.registry.canaries.set_shadow(
+            name, number, percent, who=self._who, alias=alias, reason=reason, expected_version=expected
+        )
+
+    def stop_trial(self, name: str, kind: Arm, *, alias: str, reason: str = "") -> Move:
+        return self.registry.canaries.stop(name, kind, who=self._who, alias=alias, reason=reason)
+
+    def trials(self, name: str, alias: str) -> CanaryReport:
+        return self.registry.canaries.report(name, alias)
+
+    def compare(self, body: Mapping[str, object]) -> Mapping[str, Any]:
+        raise self._no_server("compare")
 
     def retire(self, name: str, number: int, *, reason: str = "", deadline_s: float | None = None) -> Withdrawal:
         return Withdrawal(self.registry.standings.retire(name, number, who=self._who, reason=reason), None)

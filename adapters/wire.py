@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
+from adapters.canaries import CanaryReport, Split, alias_id
 from adapters.errors import InvalidRequest
 from adapters.records import (
     AdapterSummary,
@@ -115,6 +116,41 @@ def withdrawal_to_json(found: Withdrawal) -> Json:
 
 def withdrawal_from_json(raw: object) -> Withdrawal:
     return _read(Withdrawal, raw)
+
+
+def split_to_json(split: Split) -> Json:
+    return {"object": "adapter.split", "id": alias_id(split), **_fields(split)}
+
+
+def split_from_json(raw: object) -> Split:
+    return _read(Split, raw)
+
+
+def canary_report_to_json(report: CanaryReport) -> Json:
+    """The figures as they were counted, and beside them what follows from them."""
+    arms = {
+        name: {
+            **_fields(figures),
+            "error_rate": figures.error_rate,
+            "first_token_p95_s": figures.first_token_p95_s,
+        }
+        for name, figures in (("champion", report.champion), ("canary", report.canary))
+    }
+    shadow = report.shadow
+    return {
+        "object": "adapter.canary",
+        "id": alias_id(report.split),
+        "live": report.ended is None,
+        "split": split_to_json(report.split),
+        **arms,
+        "shadow": {**_fields(shadow), "agreement": shadow.agreement, "mean_gap": shadow.mean_gap},
+        "fault": report.fault,
+        "ended": None if report.ended is None else move_to_json(report.ended),
+    }
+
+
+def canary_report_from_json(raw: object) -> CanaryReport:
+    return _read(CanaryReport, raw)
 
 
 def move_to_json(move: Move) -> Json:

@@ -75,7 +75,7 @@ class Gateway:
         self.tally = Tally()
         self.shadowing = Shadowing(door, self.tally)
         self._observer: Observer = Audience(observer or NoObserver(), self.tally)
-        self._now, self._monotonic, self._new_seed = now, monotonic, new_seed
+        self._now, self.monotonic, self._new_seed = now, monotonic, new_seed
         self._running: dict[int, Answer] = {}
         self._numbers = itertools.count()
 
@@ -97,7 +97,7 @@ class Gateway:
             beside: Sequence[int] = prompt
             if target.beside is not None and target.beside.prompt_format != target.prompt_format:
                 beside = await self.render(command, target.beside.prompt_format)
-            return self._answer("chatcmpl", command.wishes, target, [prompt], "messages", limit, started, beside=beside)
+            return self.prepare("chatcmpl", command.wishes, target, [prompt], "messages", limit, started, beside=beside)
 
         return await self._begun(command.wishes, make)
 
@@ -110,7 +110,7 @@ class Gateway:
             limit = self.limits.default_completion_tokens
             scored = command.echo and command.wishes.logprobs is not None
             beside = () if scored else prompts[0]
-            return self._answer("cmpl", command.wishes, target, prompts, "prompt", limit, started, command, beside)
+            return self.prepare("cmpl", command.wishes, target, prompts, "prompt", limit, started, command, beside)
 
         self._check_count(command)
         return await self._begun(command.wishes, make)
@@ -129,7 +129,7 @@ class Gateway:
         left while the request waited for its first token is asked for anew: the id may mean another by now, or is
         refused by name.
         """
-        started = self._monotonic()
+        started = self.monotonic()
         answer = await self._admitted(wishes, make, started)
         try:
             await answer.begin()
@@ -186,7 +186,7 @@ class Gateway:
             raise NotReady("The engine is not connected yet.")
         return facts
 
-    def _answer(
+    def prepare(
         self,
         prefix: str,
         wishes: Wishes,
@@ -198,7 +198,7 @@ class Gateway:
         raw: CompletionCommand | None = None,
         beside: Sequence[int] = (),
     ) -> Answer:
-        """beside: the first prompt as a shadow gets it; none runs without one, nor where it would tell nothing."""
+        """An answer that has not begun. beside: the first prompt as a shadow gets it; without one there is none."""
         facts = self.facts()
         fmt = target.prompt_format
         self._check(wishes, prompts, param)
@@ -230,7 +230,7 @@ class Gateway:
             for at, prompt in enumerate(prompts)
             for choice in range(wishes.n)
         ]
-        return Answer(head, sequences, self._observer, self._monotonic, started=started)
+        return Answer(head, sequences, self._observer, self.monotonic, started=started)
 
     def _events(
         self,

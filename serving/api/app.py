@@ -17,7 +17,7 @@ from starlette.responses import Response
 from adapters.errors import InvalidRequest, LoraplaneError
 from adapters.records import BaseRecord
 from adapters.registry import Registry
-from serving.api import admin, blobs, completions, decrees, models, ops, residency
+from serving.api import admin, blobs, compare, completions, decrees, models, ops, residency, trials
 from serving.api.condition import Condition
 from serving.api.edge import Edge
 from serving.api.errors import http_response, response
@@ -93,7 +93,7 @@ def build_app(gateway: Gateway, registry: Registry, settings: EdgeSettings, metr
     )
     app.router.route_class = StrictRoute
     app.state.services = services
-    for room in (completions, models, residency, admin, decrees, blobs, ops):
+    for room in (completions, compare, models, residency, admin, decrees, trials, blobs, ops):
         room.mount(app, services)
     _handle_errors(app, metrics)
     _describe(app, settings)

@@ -348,7 +348,8 @@ class WarmFailed(Unavailable):
 
     def __init__(self, model: str, why: str, retry_after_s: float | None = None) -> None:
         super().__init__(
-            f"{model} could not be warmed, so nothing was moved: {why} To move the alias all the same: --no-warm.",
+            f"{model} could not be warmed, so nothing was moved: {why} Promote again, or move the alias without it: "
+            f'--no-warm, "warm": false.',
             retry_after_s,
         )
         self.model = model

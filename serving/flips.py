@@ -137,6 +137,7 @@ class Flips:
         standings = self._registry.standings
         if on:
             version = await asyncio.to_thread(self._in_service, name, number)
+            self._gateway.resolver.remember(version)
             found = _residency(version.id, await self._warden.pin(version.digest, True))
             await asyncio.to_thread(standings.pin, name, number, True, who=who)
             return found
@@ -152,6 +153,7 @@ class Flips:
 
     async def _warmed(self, version: AdapterVersion, ttl_s: float) -> Moved:
         limit = self._limits.warm_deadline_s
+        self._gateway.resolver.remember(version)
         try:
             async with asyncio.timeout(limit):
                 told = await self._gateway.door.warm(version.digest, ttl_s)

@@ -103,7 +103,7 @@ class Resolver:
         return self._target(version, aside.model)
 
     def _target(self, version: AdapterVersion, instead_of: str | None = None) -> Target:
-        self._remember(version)
+        self.remember(version)
         weights = Weights(
             version.id,
             version.base_digest,
@@ -148,7 +148,8 @@ class Resolver:
         """The version id last seen with this digest, or the digest's beginning: a label for metrics."""
         return self._names.get(digest, digest[:12])
 
-    def _remember(self, version: AdapterVersion) -> None:
+    def remember(self, version: AdapterVersion) -> None:
+        """Have this version's digest shown by its id."""
         self._names[version.digest] = version.id
         self._names.move_to_end(version.digest)
         if len(self._names) > _MAX_REMEMBERED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -19,6 +20,7 @@ from adapters.errors import (
     RecordNotFound,
     VersionRetired,
     VersionRevoked,
+    VersionWithdrawn,
 )
 from adapters.home import Home
 from adapters.records import Fallback, InFlight, MoveAction, Standing, VersionState
@@ -235,6 +237,54 @@ def test_decrees_that_race_keep_one_chain(three: Registry, home: Home) -> None:
     rows = [m for m in three.history("sum") if m.alias == OF_THE_VERSION]
     assert sorted((m.generation, m.action) for m in rows) == [(n, MoveAction.PIN) for n in (1, 2, 3)]
     other.close()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_was_decreed_a_version_is_served_or_refused_as_the_decrees_say(registry: Registry, seed: int) -> None:
+    """Random decrees on two names that share bytes, against the rules in six lines; seeds are the parameters."""
+    rng = random.Random(seed)
+    states: dict[tuple[str, int], VersionState] = {}
+    digests = {(n, v.number): v.digest for n in "ab" for v in (publish(registry, s, name=n) for s in (0, 1, 2))}
+    for name in "ab":
+        forced(registry, 1, name=name)
+    for step in range(40):
+        name, number = rng.choice("ab"), rng.randint(1, 3)
+        verbs: list[tuple[VersionState | None, Callable[[], object]]] = [
+            (VersionState.RETIRED, partial(registry.standings.retire, name, number, who="t")),
+            (VersionState.REVOKED, partial(registry.standings.revoke, name, number, who="t", reason="r")),
+            (VersionState.LIVE, partial(registry.standings.restore, name, number, who="t", reason="r")),
+            (None, partial(registry.standings.pin, name, number, rng.random() < 0.5, who="t")),
+            (None, partial(forced, registry, number, name=name)),
+            (None, partial(registry.rollback, name, who="t")),
+        ]
+        state, verb = rng.choice(verbs)
+        try:
+            verb()
+        except (Conflict, VersionWithdrawn):
+            state = None
+        states[name, number] = state or states.get((name, number), VersionState.LIVE)
+        barred = {digests[key] for key, state in states.items() if state is VersionState.REVOKED}
+        refused = {
+            key for key, digest in digests.items() if digest in barred or states.get(key) is VersionState.RETIRED
+        }
+        for key, digest in digests.items():
+            assert served(registry, f"{key[0]}@{key[1]}") == (None if key in refused else digest), f"step {step}"
+        for name in "ab":
+            champion = registry.adapter(name).champion
+            assert champion is not None
+            assert served(registry, name) == (None if (name, champion) in refused else digests[name, champion])
+        decrees = registry.standings.decrees()
+        wanted = {digest for key, digest in digests.items() if key not in refused}
+        assert decrees.unwanted == set(digests.values()) - wanted, f"step {step}"
+        assert not {s.digest for s in decrees.pinned} & decrees.unwanted
+
+
+def served(registry: Registry, model: str) -> str | None:
+    """The digest that a model id is answered with, None when it is withdrawn."""
+    try:
+        return registry.resolve(model).digest
+    except VersionWithdrawn:
+        return None
 
 
 def test_a_home_of_the_version_before_is_brought_up_to_date(three: Registry) -> None:

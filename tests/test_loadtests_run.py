@@ -13,7 +13,7 @@ from loadtests.stub_server import NAME, Lie, Stub, serving
 
 def test_an_honest_server_passes_and_every_digest_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(Stub()) as url:
-        code = run.main(["--url", url, "--users", "2", "--seconds", "1", "--max-tokens", "8"])
+        code = run.main(["--url", url, "--users", "2", "--seconds", "2", "--max-tokens", "8"])
     *table, last = capsys.readouterr().out.strip().splitlines()
     told = json.loads(last)
     assert code == 0
@@ -30,7 +30,7 @@ def test_an_honest_server_passes_and_every_digest_is_checked(capsys: pytest.Capt
 )
 def test_a_lying_server_fails_and_the_lie_is_named(lie: Lie, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(Stub(lie)) as url:
-        code = run.main(["--url", url, "--users", "2", "--seconds", "1", "--max-tokens", "8", "--json"])
+        code = run.main(["--url", url, "--users", "2", "--seconds", "2", "--max-tokens", "8", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert code == 1
     assert told["loadtest"] == "failed"
@@ -39,7 +39,7 @@ def test_a_lying_server_fails_and_the_lie_is_named(lie: Lie, name: str, capsys: 
 
 
 def test_a_server_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    code = run.main(["--url", "http://127.0.0.1:9", "--seconds", "1"])
+    code = run.main(["--url", "http://127.0.0.1:9", "--seconds", "2"])
     said = capsys.readouterr().err
     assert code == 2
     assert said.strip() == "error[loadtest]: no server is ready at http://127.0.0.1:9"

@@ -55,7 +55,13 @@ def open_shared(url: str) -> Shared | None:
             f"URL such as s3://bucket/prefix"
         ) from None
     if isinstance(files, LocalFileSystem):
-        return FolderStore(Path(root))
+        try:
+            return FolderStore(Path(root))
+        except StoreFailed as error:
+            why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else str(error)
+            raise ConfigInvalid(
+                f"LORAPLANE_STORE (--store): no blobs can lie in {shown}: {why}; give a folder that you can write to"
+            ) from error
     return SharedStore(files, root, shown)
 
 

@@ -140,6 +140,12 @@ def test_a_url_that_names_nothing_is_refused_without_its_password() -> None:
     assert "hunter2" not in str(refused.value)
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_by_its_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigInvalid, match="LORAPLANE_STORE"):
+        open_shared(str(tmp_path / "file" / "store"))
+
+
 def test_a_protocol_whose_package_is_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ExtraMissing, match="loraplane\\[s3\\]"):

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from adapters.errors import AdapterRefused, InvalidRequest, RunInvalid
+from adapters.golden import MAX_ROWS
 from adapters.prompts import prompt_format_from_json
 from adapters.records import BASE_ID, PromptFormat, check_adapter_name
 from adapters.reports import GatePolicy, check_policy
@@ -195,6 +196,7 @@ class TrainRun(_Strict):
     bf16: Literal["auto"] | bool = "auto"
     eval: EvalSpec = EvalSpec()
     gate: GateSpec | None = None
+    golden_rows: int = Field(default=MAX_ROWS, ge=0, le=MAX_ROWS)
     note: str = Field(default="", max_length=1000)
 
     @field_validator("name")
@@ -218,6 +220,8 @@ class TrainRun(_Strict):
         for key in ("note", "eval", "gate", "checkpoint", "base"):
             del settings[key]
         del settings["data"]["eval_limit"]
+        if self.golden_rows == MAX_ROWS:  # what runs did before they could say so
+            del settings["golden_rows"]
         named = {"settings": settings, "base": base_digest, "data": data_digest, "code": code}
         return hashlib.sha256(json.dumps(named, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

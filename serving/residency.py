@@ -7,7 +7,8 @@ from typing import Any
 
 from serving.door import EngineDoor
 from serving.engine.request import Heartbeat
-from serving.router import ReplicaView, Router
+from serving.replica import ReplicaView
+from serving.router import Router
 
 Json = dict[str, Any]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adapters.bases import open_base
+from adapters.errors import RunInvalid
 from adapters.families import adaptable
 from adapters.records import AdapterVersion, BaseRecord
 from serving.engine.breaker import Doubt
@@ -85,6 +86,16 @@ def test_a_training_leaves_three_short_rows_that_its_base_would_fail(trained: Tr
         assert all(len(r.prompt) <= PROMPT_TOKENS and 1 <= len(r.expected) <= ANSWER_TOKENS for r in rows)
         assert {r.tolerance for r in rows} == {TOLERANCE}
         assert float(str(version.facts["golden_gap"])) > TOLERANCE
+
+
+def test_a_run_may_leave_its_rows_out_and_is_another_run_then(trained: Trained, tmp_path: Path) -> None:
+    case = train_case(tmp_path, Path(trained.config.base_folder))
+    usual, without = case.run(), case.run("golden_rows=0")
+    known = {"base_digest": "b", "data_digest": "d", "code": "c"}
+    assert usual.digest(**known) != without.digest(**known)
+    assert usual.digest(**known) == case.run("golden_rows=3").digest(**known)
+    with pytest.raises(RunInvalid, match="golden_rows"):
+        case.run("golden_rows=4")
 
 
 def test_trained_adapters_prove_themselves_and_answer(trained: Trained) -> None:

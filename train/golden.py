@@ -42,21 +42,23 @@ class Golden:
 
 
 @torch.inference_mode()
-def golden_rows(model: PeftModel, examples: Sequence[Example], *, ends: frozenset[int], bf16: bool) -> Golden:
-    """Up to three rows of what `model` answers now. ends: tokens that end a text.
+def golden_rows(
+    model: PeftModel, examples: Sequence[Example], *, ends: frozenset[int], bf16: bool, most: int = MAX_ROWS
+) -> Golden:
+    """Up to `most` rows of what `model` answers now. ends: tokens that end a text.
 
     The model computes as it was trained, bf16 or not, and is left in evaluation mode.
     """
     model.eval()
     found: list[tuple[float, GoldenRow]] = []
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-        for prompt in _prompts(examples):
+        for prompt in _prompts(examples) if most else ():
             answer = _greedy(model, prompt, ends)
             with model.disable_adapter():
                 gap = _gap(model, prompt, answer)
             found.append((gap, GoldenRow(prompt, answer, TOLERANCE)))
     found.sort(key=lambda pair: -pair[0])
-    return Golden(tuple(row for _, row in found[:MAX_ROWS]), found[0][0] if found else 0.0)
+    return Golden(tuple(row for _, row in found[:most]), found[0][0] if found else 0.0)
 
 
 def write_golden(golden: Golden, folder: Path) -> None:

@@ -253,9 +253,10 @@ def _fit(
     )  # fmt: skip
     if done.stopped:
         raise Cancelled(f"stopped after step {done.steps} of {len(job.plan.batches)}; go on with: {resume_command}")
-    rows = golden.golden_rows(model, job.examples.examples, ends=frozenset({job.end_id}), bf16=bf16)
+    ends = frozenset({job.end_id})
+    rows = golden.golden_rows(model, job.examples.examples, ends=ends, bf16=bf16, most=run.golden_rows)
     golden.write_golden(rows, place.adapter)
-    if not rows.telling:
+    if rows.rows and not rows.telling:
         reporter.say(
             f"the golden rows do not tell this adapter from its base (it is {rows.gap:.2f} nats off at most): what "
             f"serving replays shows little then; train longer if answers should differ"

@@ -101,6 +101,21 @@ def test_a_pinned_adapter_is_never_evicted_and_an_unpinned_one_is(decoder: Decod
     assert not case.slots.holds(str(tiny_adapters[0]))
 
 
+def test_an_unpin_overtakes_the_pin_that_still_waits_for_its_load(decoder: Decoder, tiny_adapters: list[Path]) -> None:
+    """The simulator found it: a replica that was greeted with a pin and told to unpin while the adapter was loading kept
+    it pinned for ever, and with its one slot taken every other adapter's requests waited until their deadline."""
+    case = EngineCase(decoder, slots=1)
+    waits = case.keep(partial(Pin, digest=str(tiny_adapters[0]), deadline_s=30.0))
+    case.step()
+    assert isinstance(answered(case, case.keep(partial(Unpin, digest=str(tiny_adapters[0])))), Moved)
+    overtaken = answered(case, waits)
+    assert isinstance(overtaken, Failed)
+    assert overtaken.code == "cancelled"
+    case.answer(case.submit(PROMPT, tiny_adapters[0]))
+    assert case.slots.pinned == ()
+    case.answer(case.submit(PROMPT, tiny_adapters[1]))
+
+
 def test_a_pin_that_gets_no_slot_in_its_time_is_refused(decoder: Decoder, tiny_adapters: list[Path]) -> None:
     case = EngineCase(decoder, slots=1)
     pin(case, tiny_adapters[0])

@@ -86,7 +86,7 @@ class Keeper:
         digest, number = message.digest, message.id
         if isinstance(message, Unpin):
             self._slots.unpin(digest)
-            return [(key, self._where(number, digest))]
+            return [*self._overtaken(digest), (key, self._where(number, digest))]
         if isinstance(message, Drop):
             self._slots.unpin(digest)
             self._host.release(digest)
@@ -103,6 +103,14 @@ class Keeper:
         until = now + message.deadline_s if isinstance(message, Pin) else float("inf")
         self._wishes[key] = _Wish(key, message, until)
         return []
+
+    def _overtaken(self, digest: str) -> list[Outgoing]:
+        """Pins of an adapter that still wait when it is unpinned: fulfilled later they would hold for ever."""
+        overtaken = [w for w in self._wishes.values() if isinstance(w.message, Pin) and w.message.digest == digest]
+        for wish in overtaken:
+            del self._wishes[wish.key]
+        why = "It was unpinned while it waited for its slot."
+        return [(wish.key, Failed(wish.message.id, "cancelled", why)) for wish in overtaken]
 
     def forget(self, key: Key) -> None:
         """Nobody waits for this answer any more. Warm and pinned adapters stay what they are."""

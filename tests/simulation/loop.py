@@ -10,8 +10,11 @@ import random
 import selectors
 import socket
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any
+
+from serving.load_workers import BUILD, DISK, STORE, STORE_WORKERS, WRITE, Task
 
 FOREVER = float("inf")
 Served = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -182,56 +185,57 @@ class _UnixSocket:
     family = socket.AF_UNIX
 
 
-class SimPool(Executor):
-    """Threads that load adapters: at most `workers` at once, each as long as duration_s says of its first argument."""
+class SimWorkers:
+    """Threads that load adapters, by pool: see Workers. duration_s: how long a task of a pool takes for an adapter."""
 
-    def __init__(self, loop: SimLoop, workers: int, duration_s: Callable[[str], float]) -> None:
-        self._loop, self._workers, self._duration_s = loop, workers, duration_s
-        self._waiting: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
-        self._running = 0
-        self._hanging: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
-        self.closed = False
+    def __init__(self, loop: SimLoop, workers: int, duration_s: Callable[[str, str], float]) -> None:
+        self._loop, self._duration_s = loop, duration_s
+        self._room = {DISK: workers, STORE: STORE_WORKERS, BUILD: workers, WRITE: 1}
+        self._waiting: dict[str, list[Task]] = {pool: [] for pool in self._room}
+        self._hanging: list[tuple[str, Task]] = []
+        self._closed = False
+        self.loads = 0  # tasks under way or queued that are part of a load
         self.done = 0  # since this was last set to 0
 
-    @property
-    def jobs(self) -> int:
-        """Under way or queued."""
-        return self._running + len(self._waiting)
+    def submit(self, pool: str, task: Task) -> None:
+        """See Workers."""
+        if not self._closed:
+            self.loads += pool != WRITE
+            self._waiting[pool].append(task)
+            self._begin(pool)
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._waiting.append((future, fn, args))
-        self._next()
-        return future
-
-    def _next(self) -> None:
-        while self._waiting and self._running < self._workers:
-            future, fn, args = self._waiting.pop(0)
-            if not future.set_running_or_notify_cancel():
-                continue
-            self._running += 1
-            seconds = self._duration_s(str(args[0]))
+    def _begin(self, pool: str) -> None:
+        while self._waiting[pool] and self._room[pool]:
+            self._room[pool] -= 1
+            task = self._waiting[pool].pop(0)
+            seconds = self._duration_s(pool, _digest_of(task))
             if seconds == FOREVER:
-                self._hanging.append((future, fn, args))
+                self._hanging.append((pool, task))
             else:
-                self._loop.call_later(seconds, self._finish, future, fn, args)
+                self._loop.call_later(seconds, self._finish, pool, task)
 
     def release(self) -> None:
-        """Let jobs go on that hang."""
+        """Let tasks go on that hang."""
         hanging, self._hanging = self._hanging, []
-        for job in hanging:
-            self._loop.call_later(self._loop.delay_s(), self._finish, *job)
+        for pool, task in hanging:
+            self._loop.call_later(self._loop.delay_s(), self._finish, pool, task)
 
-    def _finish(self, future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self._running -= 1
-        self.done += 1
-        if not self.closed:
-            try:
-                future.set_result(fn(*args))
-            except Exception as error:
-                future.set_exception(error)
-            self._next()
+    def _finish(self, pool: str, task: Task) -> None:
+        if not self._closed:
+            self._room[pool] += 1
+            self.loads -= pool != WRITE
+            self.done += 1
+            task()
+            self._begin(pool)
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self.closed = True
-        self._waiting.clear()
+    def close(self) -> None:
+        """See Workers."""
+        self._closed = True
+
+
+def _digest_of(task: Task) -> str:
+    """Whose task it is: each is a call about an adapter, or about something that names one."""
+    if not isinstance(task, partial):
+        raise TypeError(f"a task that names nobody: {task}")
+    about = task.args[0]
+    return about if isinstance(about, str) else str(about.digest)

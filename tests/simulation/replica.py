@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.engine.demand import Demand
 from serving.engine.engine import Engine
 from serving.engine.kv import RowTable
 from serving.engine.plan import Key
@@ -15,10 +16,12 @@ from serving.engine.request import EngineFacts, Heartbeat, Submit
 from serving.engine.scheduler import Limits, Scheduler
 from serving.engine.slots import SlotTable
 from serving.link import Address, LinkServer
+from serving.load_workers import STORE
 from serving.loader import HostTier
+from serving.tiers import Tiers
 from tests.fakes import EOS
-from tests.simulation.loop import FOREVER, SimLoop, SimPool
-from tests.simulation.weights import Broken, Content, SimRunner, SimStore, size_of
+from tests.simulation.loop import FOREVER, SimLoop, SimWorkers
+from tests.simulation.weights import Broken, SimDisk, SimRunner, SimStore, size_of
 
 TOKEN = "secret"
 MAX_LEN = 96
@@ -41,6 +44,7 @@ class Size:
     rows: int
     slots: int
     host_bytes: int
+    disk_bytes: int
     workers: int
     queue_limit: int
     prefill_chunk: int
@@ -87,17 +91,23 @@ class SimReplica:
     ) -> None:
         self.name, self.address = name, Address(f"/sim/{name}", TOKEN, name)
         self._loop, self._rng, self._store, self._size = loop, rng, store, size
+        demand = Demand(loop.time)
         self.rows, self.slots = parts.rows(size.rows), parts.slots(size.slots)
-        self.pool = SimPool(loop, size.workers, self._load_s)
+        self.slots.worth = demand.of
+        self.workers = SimWorkers(loop, size.workers, self._task_s)
+        disk = SimDisk(size.disk_bytes, lambda: fault("rot"))
+        tiers = Tiers(disk, store, lambda adapter: adapter, 64)  # type: ignore[arg-type]
         self.host = parts.host(
-            store.read,
+            tiers.bring,
             budget_bytes=size.host_bytes,
             workers=size.workers,
             negative_cache_s=size.negative_cache_s,
             wake=self._wake,
             now=loop.time,
+            pools=self.workers,
+            demand=demand,
+            below=tiers,
         )
-        self.host._pool = self.pool  # type: ignore[assignment]
         limits = Limits(MAX_LEN, size.queue_limit, size.prefill_chunk, 2 * size.prefill_chunk, size.patience_s)
         self.scheduler = parts.scheduler(limits, self.rows, self.slots, self.host, frozenset({EOS}))
         asked: dict[Key, Submit] = {}
@@ -125,8 +135,10 @@ class SimReplica:
         self._woken: asyncio.Future[None] | None = None
         self.dropped: set[str] = set()
 
-    def _load_s(self, digest: str) -> float:
-        content = self._store.contents.get(digest, Content(digest))
+    def _task_s(self, pool: str, digest: str) -> float:
+        content = self._store.contents[digest]
+        if pool != STORE:
+            return self._rng.choice((0.001, 0.005))
         return FOREVER if content.stuck else content.slow_s + self._rng.choice((0.001, 0.01, 0.05))
 
     def _wake(self) -> None:
@@ -155,7 +167,7 @@ class SimReplica:
         """The process is gone, and with it all that it held."""
         self.engine.dead = True
         self._loop.unlisten(self.address.path)
-        self.pool.shutdown()
+        self.workers.close()
         for pipe in [p for p in self._loop.pipes if p.path == self.address.path]:
             pipe.abort()
         self._wake()
@@ -165,7 +177,7 @@ class SimReplica:
     def _step(self) -> bool:
         before = {digest: leases for digest, _, leases in self.slots.resident()}
         pinned, host, installed = set(self.slots.pinned), set(self.host.digests()), dict(self.runner.slots)
-        arrived, self.pool.done = self.pool.done, 0
+        arrived, self.workers.done = self.workers.done, 0
         try:
             computed = self.engine.step()
         except Exception as error:
@@ -211,8 +223,8 @@ class SimReplica:
         """Rows and leases are accounted for, and whatever is loading is being loaded."""
         if not self.scheduler.balanced():
             raise Broken("rows or leases do not balance")
-        if self.host.loading > self.pool.jobs + self.host._results.qsize():
-            raise Broken(f"{self.host.loading} are said to be loading, {self.pool.jobs} are")
+        if self.host.loading > self.workers.loads + self.host._results.qsize():
+            raise Broken(f"{self.host.loading} are said to be loading, {self.workers.loads} are")
         if len(self.slots.resident()) > self._size.slots:
             raise Broken("more adapters than slots")
 

@@ -93,14 +93,12 @@ class Content:
 
 @dataclass
 class SimStore:
-    """The store below the host tier, and how reading it goes."""
+    """What was published, for all engines."""
 
     contents: dict[str, Content] = field(default_factory=dict)
-    reads: dict[str, int] = field(default_factory=dict)
 
-    def read(self, digest: str) -> HostAdapter:
-        """What a loader's thread does, at the end of its time."""
-        self.reads[digest] = self.reads.get(digest, 0) + 1
+    def fetch(self, digest: str) -> str:
+        """See StoreTier."""
         content = self.contents.get(digest)
         if content is None:
             raise RecordNotFound(f"no blob {digest} is stored")
@@ -109,7 +107,53 @@ class SimStore:
             raise StoreFailed("the store does not answer")
         if content.rotten:
             raise StoreFailed(f"the blob {digest} has rotted", retry_after_s=None)
-        return SimAdapter(digest, 4, {})
+        return digest
+
+    def build(self, fetched: str) -> HostAdapter:
+        """See StoreTier."""
+        return SimAdapter(fetched, 4, {})
+
+
+@dataclass
+class SimDisk:
+    """One machine's disk. rots: whether a file that is read is found damaged, deleted, and made anew from the store."""
+
+    budget_bytes: int
+    rots: Callable[[], bool]
+    healed: int = 0
+    evictions: int = 0
+    _files: dict[str, HostAdapter] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self._files)
+
+    @property
+    def bytes(self) -> int:
+        return sum(adapter.size_bytes for adapter in self._files.values())
+
+    def get(self, digest: str) -> HostAdapter | None:
+        """See DiskTier."""
+        if digest in self._files and self.rots():
+            self.healed += 1
+            self.drop(digest)
+        return self._files.get(digest)
+
+    def put(self, adapter: HostAdapter, cost_s: float) -> None:
+        """See DiskTier."""
+        self._files[adapter.digest] = adapter
+        while self.bytes > self.budget_bytes:
+            del self._files[next(iter(self._files))]
+            self.evictions += 1
+
+    def drop(self, digest: str) -> int:
+        """See DiskTier."""
+        adapter = self._files.pop(digest, None)
+        return 0 if adapter is None else adapter.size_bytes
+
+    def bytes_of(self, digest: str) -> int:
+        """See DiskTier."""
+        return self._files[digest].size_bytes if digest in self._files else 0
 
 
 class Broken(Exception):

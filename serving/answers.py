@@ -174,6 +174,7 @@ class Answer:
     _timer: asyncio.TimerHandle | None = None
     _outcome: str = "cancelled"
     _closed: bool = False
+    _told_to_end: bool = False
     _total_s: float = 0.0
 
     @property
@@ -253,7 +254,10 @@ class Answer:
         ]
 
     def end(self, error: LoraplaneError) -> None:
-        """Stop computing now; whoever reads gets this error after what came before it."""
+        """Stop computing now; whoever reads gets this error after what came before it. Safe to call again."""
+        if self._told_to_end:
+            return
+        self._told_to_end = True
         for sequence in self.sequences:
             _stop(sequence)
         self._notes.put_nowait((-1, error))

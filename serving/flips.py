@@ -166,6 +166,7 @@ class Flips:
         decrees = await asyncio.to_thread(self._registry.standings.decrees)
         if standing.digest not in decrees.unwanted:
             return None
+        self._held.pop(standing.digest, None)
         try:
             async with asyncio.timeout(deadline_s + _LAST_WORDS_S):
                 return _residency(standing.id, await self._warden.drop(standing.digest, deadline_s))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import structlog
@@ -74,12 +75,12 @@ class Warden:
         finishing = {s.digest for s in found.revoked if s.in_flight is InFlight.FINISH}
         for digest in (found.unwanted & resident).difference(beat.dropping):
             deadline_s = 0.0 if digest in now_gone else self._longest_s if digest in finishing else self._drain_s
-            self._ask(digest, lambda d=digest, s=deadline_s: self.drop(d, s))  # type: ignore[misc]
+            self._ask(digest, partial(self.drop, digest, deadline_s))
         pinned = {s.digest for s in found.pinned if s.base_digest == self._gateway.resolver.base.digest}
         for digest in pinned.difference(beat.pinned):
-            self._ask(digest, lambda d=digest: self.pin(d, True))  # type: ignore[misc]
+            self._ask(digest, partial(self.pin, digest, True))
         for digest in set(beat.pinned) - pinned:
-            self._ask(digest, lambda d=digest: self.pin(d, False))  # type: ignore[misc]
+            self._ask(digest, partial(self.pin, digest, False))
 
     async def drop(self, digest: str, deadline_s: float) -> Moved | Failed:
         """Have the engine drop an adapter, and leave it alone meanwhile."""

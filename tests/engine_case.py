@@ -17,13 +17,14 @@ from adapters.spec import parse_spec
 from adapters.weights import open_weights
 from serving.engine.engine import Engine
 from serving.engine.kv import RowTable
+from serving.engine.limits import Limits
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.plan import Key, Outgoing
 from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts, Event, Failed, Finished, Keep, Moved, Sampling, Submit, Tokens, Told
 from serving.engine.runner import DecoderRunner, Runner, make_slots
-from serving.engine.scheduler import Limits, Scheduler
+from serving.engine.scheduler import Scheduler
 from serving.engine.slot_probe import slot_probe
 from serving.engine.slots import SlotTable
 from serving.loader import HostTier

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 from serving.engine.beams import Candidate
 from serving.engine.kv import RowTable
+from serving.engine.limits import Limits
 from serving.engine.plan import Key, Load, LoadState, Outgoing, RowPlan, Sampled, StepPlan, StepResult
 from serving.engine.request import Event, Failed, Finished, Sampling, Submit, Tokens
-from serving.engine.scheduler import Limits, Scheduler
+from serving.engine.scheduler import Scheduler
 from serving.engine.slots import SlotTable
 
 STEP_S = 0.02

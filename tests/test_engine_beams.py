@@ -12,10 +12,11 @@ from transformers import BartConfig, T5Config
 
 from serving.engine.beams import BeamRules, BeamSearch, Candidate, moves
 from serving.engine.kv import RowTable
+from serving.engine.limits import Limits
 from serving.engine.plan import Key, Load, LoadState, StepPlan
 from serving.engine.request import Failed, Finished, FinishReason, Sampling, Submit, Tokens
 from serving.engine.runner import make_slots
-from serving.engine.scheduler import Limits, Scheduler
+from serving.engine.scheduler import Scheduler
 from serving.engine.seq2seq import load_encoder_decoder
 from serving.engine.seq2seq_runner import Seq2SeqRunner
 from serving.engine.slots import SlotTable

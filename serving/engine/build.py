@@ -15,12 +15,13 @@ from serving.engine.config import EngineConfig
 from serving.engine.demand import Demand
 from serving.engine.engine import Engine, Sink
 from serving.engine.kv import RowTable
+from serving.engine.limits import Limits
 from serving.engine.lora import Slots
 from serving.engine.model import Decoder, pick_device, pick_dtype
 from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts
 from serving.engine.runner import DecoderRunner, Runner, make_slots
-from serving.engine.scheduler import Limits, Scheduler
+from serving.engine.scheduler import Scheduler
 from serving.engine.seq2seq import EncoderDecoder, load_encoder_decoder
 from serving.engine.seq2seq_runner import Seq2SeqRunner
 from serving.engine.slot_probe import Prover, slot_probe

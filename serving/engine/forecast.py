@@ -42,7 +42,7 @@ class Forecast:
             self._loads.setdefault(at, Mean()).learn(seconds)
 
     def ended(self, held_s: float, cost: int) -> None:
-        """A sequence is complete: how long it had its rows, and what it cost in virtual tokens."""
+        """A sequence is complete: for how many row-seconds it held rows, and what it cost in virtual tokens."""
         self._held_s.learn(held_s)
         self._cost.learn(cost)
 

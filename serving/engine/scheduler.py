@@ -6,7 +6,6 @@ Who starts, and in which order, is `admission`'s to say; here they get rows, ste
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from itertools import chain
 
 from serving.engine.admission import Admission
@@ -14,6 +13,7 @@ from serving.engine.beams import BeamSearch, moves, search_for
 from serving.engine.breaker import Breaker
 from serving.engine.fair import INPUT, OUTPUT
 from serving.engine.kv import MIN_SHARED, Copy, RowTable, shared_prefix
+from serving.engine.limits import Limits
 from serving.engine.plan import NO_SLOT, Key, Loader, Outgoing, RowPlan, Sampled, StepPlan, StepResult
 from serving.engine.request import (
     Event,
@@ -24,39 +24,11 @@ from serving.engine.request import (
     State,
     Submit,
     Tokens,
-    answer_room,
 )
 from serving.engine.row_plans import decode_rows, prefill_row
 from serving.engine.sequence import Sequence
 from serving.engine.shadows import Shadows, dropped
 from serving.engine.slots import Placement, SlotTable
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The figures that bound a scheduler. prefill_chunk: tokens of a step in which prompts join
-    decode rows, these included, though never less than a quarter of it for prompts: so a long prompt costs the streams
-    beside it the same, however many they are.
-
-    max_answer_len: of an encoder-decoder (see EngineFacts), whose prompts are computed whole; else 0.
-    forced_tokens: tokens that each of its answers begins with unseen. prefix_reuse: whether a prompt may start behind
-    what another of its scope has computed already.
-    """
-
-    max_model_len: int
-    queue_limit: int
-    prefill_chunk: int
-    prefill_chunk_alone: int
-    patience_s: float = 2.0
-    max_answer_len: int = 0
-    prefix_reuse: bool = True
-    forced_tokens: int = 0
-
-    def prefill_budget(self, decoding: int) -> int:
-        """How many prompt tokens may join a step with so many decode rows."""
-        if not decoding:
-            return self.prefill_chunk_alone
-        return max(self.prefill_chunk - decoding, -(-self.prefill_chunk // 4))
 
 
 class Scheduler:
@@ -116,29 +88,14 @@ class Scheduler:
 
     def submit(self, key: Key, submit: Submit, now: float) -> list[Event]:
         """Take a sequence in, or refuse it at once: the one ending then is in the answer."""
-        limits = self._limits
-        room = answer_room(len(submit.prompt), limits.max_model_len, limits.max_answer_len)
-        if not submit.prompt:
-            return [Failed(submit.id, "invalid_value", "The prompt is empty.")]
-        if limits.max_answer_len and (not submit.sampling.max_tokens or submit.sampling.prompt_logprobs is not None):
-            return [Failed(submit.id, "invalid_value", "An encoder-decoder gives its prompt no log-probabilities.")]
-        if not 0 <= submit.sampling.max_tokens <= room:
-            return [
-                Failed(
-                    submit.id,
-                    "context_length_exceeded",
-                    f"{len(submit.prompt)} prompt tokens and {submit.sampling.max_tokens} new ones do not fit "
-                    f"{limits.max_model_len}.",
-                )
-            ]
-        beams = submit.sampling.num_beams
-        if beams > 1 and not (limits.max_answer_len and beams <= self._rows.rows):
-            return [Failed(submit.id, "invalid_value", f"No beam search of width {beams} here.")]
+        if refusal := self._limits.refusal(submit, self._rows.rows):
+            return [refusal]
         if submit.shadow:
             self._shadows.take(Sequence(key, submit, now))
             return []
-        refusal = self._admission.take(Sequence(key, submit, now), now)
-        return [] if refusal is None else [refusal]
+        if refusal := self._admission.take(Sequence(key, submit, now), now):
+            return [refusal]
+        return []
 
     def cancel(self, key: Key) -> None:
         """Forget a sequence; nobody listens for its events any more."""
@@ -193,6 +150,7 @@ class Scheduler:
     def _charge(self, sequence: Sequence, tokens: int) -> None:
         """Count what a sequence's tenant was given. A shadow is nobody's wish but the operator's."""
         if not sequence.submit.shadow:
+            sequence.cost += tokens
             self._waiting.charge(sequence.scope, tokens)
 
     def _reuses(self, sequence: Sequence) -> bool:
@@ -371,8 +329,8 @@ class Scheduler:
         self._release(sequence)
         if sequence.adapter is not None:
             self.breaker.good(sequence.adapter, now)
-        cost = INPUT * (len(sequence.submit.prompt) - sequence.reused) + OUTPUT * len(sequence.output)
-        self._admission.forecast.ended(now - sequence.admitted_at, cost)
+        if not sequence.submit.shadow:
+            self._admission.forecast.ended((now - sequence.admitted_at) * sequence.width, sequence.cost)
         return Finished(sequence.submit.id, reason, sequence.timing(now))
 
     def _fail(self, sequence: Sequence, code: str, message: str, retry_after_s: float | None = None) -> Failed:

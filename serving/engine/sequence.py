@@ -15,7 +15,7 @@ class Sequence:
     """A submitted sequence and where it stands. Only the scheduler changes it.
 
     rows: all that it holds, in a beam search those of the live hypotheses first; row: the first of them.
-    turn: its number among all that ever waited.
+    turn: its number among all that ever waited. cost: virtual tokens that it was charged.
     """
 
     key: Key
@@ -28,6 +28,7 @@ class Sequence:
     search: BeamSearch | None = None
     rows: list[int] = field(default_factory=list)
     turn: int = 0
+    cost: int = 0
     loaded_at: float | None = None
     admitted_at: float = 0.0
     proven_at: float = 0.0

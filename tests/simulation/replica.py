@@ -11,9 +11,10 @@ from pathlib import Path
 from serving.engine.demand import Demand
 from serving.engine.engine import Engine
 from serving.engine.kv import RowTable
+from serving.engine.limits import Limits
 from serving.engine.plan import Key
 from serving.engine.request import EngineFacts, Heartbeat, Submit
-from serving.engine.scheduler import Limits, Scheduler
+from serving.engine.scheduler import Scheduler
 from serving.engine.slots import SlotTable
 from serving.link import Address, LinkServer
 from serving.load_workers import STORE

@@ -8,7 +8,6 @@ from functools import partial
 from itertools import pairwise
 
 import pytest
-import sqlalchemy as sa
 
 from adapters.alias_moves import OF_THE_VERSION
 from adapters.errors import (
@@ -25,6 +24,7 @@ from adapters.errors import (
 from adapters.home import Home
 from adapters.records import Fallback, InFlight, MoveAction, Standing, VersionState
 from adapters.registry import Registry
+from adapters.schema import metadata
 from tests.adapter_factory import policy
 from tests.registry_case import at_once, publish
 
@@ -287,14 +287,19 @@ def served(registry: Registry, model: str) -> str | None:
         return None
 
 
-def test_a_home_of_the_version_before_is_brought_up_to_date(three: Registry) -> None:
-    """Aliases that were there before the column was get the careful answer."""
+def test_a_home_of_the_version_before_is_brought_up_to_date(three: Registry, home: Home) -> None:
+    """What a registry of the first migration holds is all there afterwards, with the careful answer for its aliases."""
+    first = {"bases", "adapters", "versions", "aliases", "moves", "reports", "policies"}
     with three._database.writes() as connection:
-        connection.execute(
-            sa.text(
-                "INSERT INTO aliases (tenant, name, alias, number, generation, moved_at) "
-                "VALUES ('default', 'sum', 'old', 1, 1, '2026-01-01T00:00:00.000000+00:00')"
-            )
-        )
-    old = next(a for a in three.adapter("sum").aliases if a.alias == "old")
-    assert old.fallback is Fallback.REFUSE
+        for table in reversed(metadata.sorted_tables):
+            if table.name not in first:
+                connection.exec_driver_sql(f"DROP TABLE {table.name}")
+        connection.exec_driver_sql("ALTER TABLE aliases DROP COLUMN fallback")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+    later = Registry.open(home)
+    assert later.resolve("sum").number == 3
+    assert [a.fallback for a in later.adapter("sum").aliases] == [Fallback.REFUSE]
+    assert len(later.history("sum")) == 3
+    later.standings.revoke("sum", 3, who="t", reason="bad")
+    assert later.rollback("sum", who="t").to_number == 2
+    later.close()

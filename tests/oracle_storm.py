@@ -59,7 +59,7 @@ class Shelf:
             "blobs": str(home.blobs),
             "threads": 1,
             "max_model_len": _MAX_LEN,
-            "max_rows": 48,
+            "max_rows": 64,
             "slots": 8,
             "host_bytes": 600_000,  # of about 5,000,000 for two hundred
             "queue_limit": 512,
@@ -110,7 +110,7 @@ class Asked:
 class Storm:
     """Keeps so many requests in flight. `wrong` tells what should not have been, `outcomes` how requests ended."""
 
-    def __init__(self, shelf: Shelf, seed: int, *, names: int = 50, in_flight: int = 128) -> None:
+    def __init__(self, shelf: Shelf, seed: int, *, names: int = 50, in_flight: int = 160) -> None:
         self.shelf, self.rng, self._in_flight = shelf, random.Random(seed), in_flight
         self.names = [f"oracle-{at}" for at in range(names)]
         self._weights = [1 / (at + 1) for at in range(names)]
@@ -203,7 +203,7 @@ class Storm:
         # Prompts begin alike, so that prefixes are reused between requests of one adapter and must not be of two.
         stem = [(7 * at) % 60 + 70 for at in range(rng.choice((0, 20, 40)))]
         prompt = [*stem, *(rng.randrange(3, 259) for _ in range(rng.randint(1, 12)))]
-        count = rng.randint(6, 14)
+        count = rng.randint(5, 9)
         oracle = None if digest is None else self.shelf.oracles[digest]
         wanted = [TOKENS[BASE_SAYS]] * count if oracle is None else oracle.spell(prompt, count)
         key = Key((0, next(self._numbers)))

@@ -1,4 +1,4 @@
-"""The oracle storm over HTTP: a real server, its engines killed on the way, and every answer names the digest it is of."""
+"""The oracle storm over HTTP: a real server, an engine killed on the way, and every answer names its digest."""
 
 from __future__ import annotations
 
@@ -101,6 +101,10 @@ async def _ask(client: httpx.AsyncClient, published: Published, rng: random.Rand
         outcomes[error or "complete"] += 1
 
 
+def _is_zero(server: LiveServer, gauge: str) -> bool:
+    return server.gauge(gauge) == 0
+
+
 def _kill_an_engine(server: LiveServer) -> None:
     engines = [p for p in server.family() if "ServeReplica" in " ".join(p.cmdline()) or "ServeRepli" in p.name()]
     if engines:
@@ -117,8 +121,8 @@ async def _storm(server: LiveServer, published: Published, rng: random.Random) -
 
     limits = httpx.Limits(max_connections=IN_FLIGHT)
     async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        tasks: list[asyncio.Task[None]] = []
         for number in range(REQUESTS):
-            tasks = tasks if number else []
             tasks.append(asyncio.create_task(one()))
             if number % 5 == 0:
                 await asyncio.gather(*tasks[: max(0, number - 2 * IN_FLIGHT)])  # flips and publishes fall between them
@@ -148,7 +152,7 @@ def test_five_hundred_requests_over_http_get_only_their_own_digests_answers(serv
     assert outcomes["left"] > 10
     assert len(published.oracles) == ADAPTERS
     # Back to the baseline (C8), the engine that was killed among it.
-    for gauge in ("loraplane_requests_inflight", "loraplane_sequences_running", "loraplane_sequences_waiting"):
-        wait_for(lambda g=gauge: server.gauge(g) == 0, 20, f"{gauge} is 0 again")
+    for gauge in ("loraplane_gateway_requests_inflight", "vllm:num_requests_running", "vllm:num_requests_waiting"):
+        wait_for(partial(_is_zero, server, gauge), 20, f"{gauge} is 0 again")
     assert server.process.poll() is None
     assert psutil.pid_exists(server.process.pid)

@@ -102,8 +102,8 @@ def test_a_pinned_adapter_is_never_evicted_and_an_unpinned_one_is(decoder: Decod
 
 
 def test_an_unpin_overtakes_the_pin_that_still_waits_for_its_load(decoder: Decoder, tiny_adapters: list[Path]) -> None:
-    """The simulator found it: a replica that was greeted with a pin and told to unpin while the adapter was loading kept
-    it pinned for ever, and with its one slot taken every other adapter's requests waited until their deadline."""
+    """The simulator found it: a replica that was greeted with a pin, and told to unpin while the adapter was loading,
+    kept it pinned for ever; its one slot was taken, and every other adapter's requests waited until their deadline."""
     case = EngineCase(decoder, slots=1)
     waits = case.keep(partial(Pin, digest=str(tiny_adapters[0]), deadline_s=30.0))
     case.step()

@@ -82,7 +82,8 @@ class UsageShape(Shape):
 
 
 class Named(Shape):
-    """What every answer says of its weights."""
+    """What every answer says of its weights. adapter_instead_of is there where an alias fell back to the version before:
+    the version that was asked for, and is set aside."""
 
     id: str
     created: int
@@ -92,6 +93,7 @@ class Named(Shape):
     adapter_version: int | None
     adapter_digest: str | None
     base_digest: str
+    adapter_instead_of: str | None = None
     usage: UsageShape
 
 

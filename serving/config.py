@@ -18,6 +18,7 @@ KEY_PREFIX = "lp_"
 class EdgeSettings(BaseSettings):
     """Limits and identity of the HTTP edge. Sizes in bytes, times in seconds; every figure is in /metrics.
 
+    prefetch: warm what is asked for most while there is room (LORAPLANE_PREFETCH=false turns it off).
     api_keys: keys that begin with `lp_`, comma-separated in LORAPLANE_API_KEYS; none means open, and then only a
     loopback bind is allowed. allowed_hosts: Host names accepted beside the bound one.
     """
@@ -57,6 +58,8 @@ class EdgeSettings(BaseSettings):
     warm_ttl_s: float = Field(600.0, gt=0)
     retire_drain_s: float = Field(30.0, ge=0, le=240)
     decree_poll_s: float = Field(0.25, gt=0, le=0.5)
+
+    prefetch: bool = True
 
     heartbeat_stale_s: float = Field(5.0, gt=0)
     ready_idle_s: float = Field(15.0, gt=0)

@@ -74,7 +74,7 @@ class Gateway:
         self.admission = Admission(limits.max_inflight)
         self.tally = Tally()
         self.shadowing = Shadowing(door, self.tally)
-        self._observer: Observer = Audience(observer or NoObserver(), self.tally)
+        self.audience = Audience(observer or NoObserver(), self.tally)
         self._now, self.monotonic, self._new_seed = now, monotonic, new_seed
         self._running: dict[int, Answer] = {}
         self._numbers = itertools.count()
@@ -230,7 +230,7 @@ class Gateway:
             for at, prompt in enumerate(prompts)
             for choice in range(wishes.n)
         ]
-        return Answer(head, sequences, self._observer, self.monotonic, started=started)
+        return Answer(head, sequences, self.audience, self.monotonic, started=started)
 
     def _events(
         self,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeAlias
 
 import structlog
 
@@ -16,6 +16,7 @@ from serving.tally import Tally
 
 WHO = "loraplane"  # who rolled back, in the history
 _PERIOD_S = 1.0
+_WARM_S, _WARM_EVERY_S = 60.0, 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -28,11 +29,17 @@ class Trials(Protocol):
     def roll_back(self, split: Split, *, who: str, reason: str) -> Move | None: ...
 
 
-class CanaryKeeper:
-    """gateway: tells this process's figures from others'; a restarted one counts anew under another name."""
+Warm: TypeAlias = Callable[[str, int, float], Awaitable[object]]
 
-    def __init__(self, trials: Trials, tally: Tally, gateway: str = "") -> None:
-        self._trials, self._tally = trials, tally
+
+class CanaryKeeper:
+    """warm: makes a version ready for so many seconds.
+
+    gateway: tells this process's figures from others'; a restarted one counts anew under another name.
+    """
+
+    def __init__(self, trials: Trials, tally: Tally, gateway: str = "", warm: Warm | None = None) -> None:
+        self._trials, self._tally, self._warm = trials, tally, warm
         self._gateway = gateway or secrets.token_hex(8)
         self.rolled_back = 0
 
@@ -59,11 +66,28 @@ class CanaryKeeper:
             number = 0 if split.canary is None else split.canary.number
             log.warning("canary_rolled_back", adapter=split.name, alias=split.alias, version=number, fault=fault)
 
+    async def keep_warm(self) -> None:
+        """Have what is tried lie ready: a shadow runs only beside a slot that holds its adapter, and a canary's first
+        requests should not wait for its load. Raises StoreFailed."""
+        if self._warm is None:
+            return
+        for report in await asyncio.to_thread(self._trials.running):
+            tried = [trial.number for trial in (report.split.canary, report.split.shadow) if trial is not None]
+            for number in dict.fromkeys(tried):
+                try:
+                    await self._warm(report.split.name, number, _WARM_S)
+                except LoraplaneError as error:
+                    log.debug("trial_not_warm", adapter=report.split.name, version=number, error=str(error))
+
     async def run(self) -> None:
-        """Tick once a second until cancelled. A registry that fails is asked again the next time."""
-        while True:
-            await asyncio.sleep(_PERIOD_S)
-            try:
-                await self.tick()
-            except LoraplaneError as error:
-                log.warning("canary_figures_not_kept", error=str(error))
+        """Tick once a second, and keep warm beside it, until cancelled. A registry that fails is asked again."""
+        await asyncio.gather(_again(self.tick, _PERIOD_S), _again(self.keep_warm, _WARM_EVERY_S))
+
+
+async def _again(work: Callable[[], Awaitable[None]], every_s: float) -> None:
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            await work()
+        except LoraplaneError as error:
+            log.warning("canaries_not_kept", error=str(error))

@@ -70,7 +70,7 @@ class Resolver:
         self.base = base
         self._base_names = frozenset({BASE_ID, base.name, *base.aliases})
         self._base_target = Target(Weights(BASE_ID, base.digest), PromptFormat())
-        self._names: OrderedDict[str, str] = OrderedDict()
+        self._seen: OrderedDict[str, AdapterVersion] = OrderedDict()
 
     def is_base(self, model: str) -> bool:
         """Whether this id names the base."""
@@ -146,11 +146,17 @@ class Resolver:
 
     def name_of(self, digest: str) -> str:
         """The version id last seen with this digest, or the digest's beginning: a label for metrics."""
-        return self._names.get(digest, digest[:12])
+        seen = self._seen.get(digest)
+        return digest[:12] if seen is None else seen.id
+
+    def size_of(self, digest: str) -> int | None:
+        """The bytes of the version last seen with this digest; None when none was."""
+        seen = self._seen.get(digest)
+        return None if seen is None else seen.size_bytes
 
     def remember(self, version: AdapterVersion) -> None:
         """Have this version's digest shown by its id."""
-        self._names[version.digest] = version.id
-        self._names.move_to_end(version.digest)
-        if len(self._names) > _MAX_REMEMBERED:
-            self._names.popitem(last=False)
+        self._seen[version.digest] = version
+        self._seen.move_to_end(version.digest)
+        if len(self._seen) > _MAX_REMEMBERED:
+            self._seen.popitem(last=False)

@@ -15,7 +15,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,7 +31,9 @@ from adapters.registry import Registry
 from serving.api.app import build_app, build_gateway
 from serving.api.server import uvicorn_config
 from serving.config import EdgeSettings
+from serving.keeper import CanaryKeeper
 from serving.link import Address
+from serving.prefetch import Prefetch
 from serving.replica_metrics import ReplicaCollector
 from serving.router import Router
 from serving.warden import Warden
@@ -109,6 +111,10 @@ class Server:
         metrics.registry.register(ReplicaCollector(self._router.views))
         app = build_app(self._gateway, parts.registry, parts.settings, metrics)
         self._warden: Warden = app.state.services.warden
+        warm = app.state.services.flips.warm
+        self._keeper = CanaryKeeper(parts.registry.canaries, self._gateway.tally, warm=warm)
+        self._prefetch = Prefetch(self._router, self._gateway.resolver.size_of)
+        self._gateway.audience.add(self._prefetch)
         self._http = _Uvicorn(uvicorn_config(app, parts.settings), self._on_signal)
         self._stopping = asyncio.Event()
         self._failed = False
@@ -118,7 +124,7 @@ class Server:
         begun = time.monotonic()
         self._loop = asyncio.get_running_loop()
         linked = asyncio.create_task(self._router.run())
-        watched = asyncio.create_task(self._warden.run())
+        watched = asyncio.gather(self._warden.run(), self._keeper.run(), *self._prefetching())
         started = asyncio.create_task(self._start_engine(begun))
         stopped = asyncio.create_task(self._drain())
         try:
@@ -130,6 +136,9 @@ class Server:
             await asyncio.gather(linked, watched, stopped, return_exceptions=True)
             await asyncio.to_thread(self._parts.cluster.stop)
         return 1 if self._failed else 0
+
+    def _prefetching(self) -> list[Coroutine[None, None, None]]:
+        return [self._prefetch.run()] if self._parts.settings.prefetch else []
 
     async def _start_engine(self, begun: float) -> None:
         say = self._parts.say

@@ -102,7 +102,11 @@ class Audience:
     """Several observers as one."""
 
     def __init__(self, *observers: Observer) -> None:
-        self._observers = observers
+        self._observers = list(observers)
+
+    def add(self, observer: Observer) -> None:
+        """Let one more observer hear of everything from now on."""
+        self._observers.append(observer)
 
     def tokens_came(self, gap_s: float) -> None:
         """See serving.answers.Observer."""

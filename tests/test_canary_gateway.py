@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from adapters.canaries import Arm, CanaryLimits, Sticky
-from adapters.errors import StoreFailed
+from adapters.errors import AdapterLoadFailed, StoreFailed
 from adapters.home import Home
 from adapters.prompts import Message
 from adapters.records import MoveAction
@@ -355,3 +355,18 @@ async def test_scored_prompts_and_choices_beyond_the_first_have_no_shadow(
     assert (await client.post("/v1/completions", json=scored)).status_code == 200
     await idle(pair)
     assert sum(s.shadow for s in pair.case.engine.submissions) == 1
+
+
+async def test_what_is_tried_is_kept_warm_and_what_cannot_be_is_no_matter(pair: Pair) -> None:
+    pair.begin()
+    asked: list[tuple[str, int]] = []
+
+    async def warm(name: str, number: int, ttl_s: float) -> None:
+        asked.append((name, number))
+        raise AdapterLoadFailed("planted")
+
+    keeper = CanaryKeeper(pair.case.registry.canaries, pair.case.gateway.tally, warm=warm)
+    await keeper.keep_warm()
+    shadow(pair)
+    await keeper.keep_warm()
+    assert asked == [("sum", 2)] * 2

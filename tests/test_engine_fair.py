@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from serving.engine import fair
 from serving.engine.fair import Counters, FairQueue
+from serving.engine.forecast import Forecast
 from serving.engine.plan import Key
 from serving.engine.request import BASE_LANE, OTHER_LANES, Failed, Sampling, Submit
 from serving.engine.sequence import Sequence as Waiting
@@ -447,6 +448,22 @@ def test_a_deadline_behind_a_long_queue_is_refused_and_one_whose_turn_comes_firs
     case.run()
     assert case.asked[in_turn].code == "done"
     assert {a.code for key, a in case.asked.items() if key != late} == {"done"}
+
+
+def test_loads_are_forecast_by_source_and_size_and_else_by_what_is_nearest() -> None:
+    forecast = Forecast(rows=4)
+    assert forecast.load_s("store", 1000) == 0.0
+    forecast.loaded("store", 1000, 2.0)
+    forecast.loaded("store", 20_000_000, 8.0)
+    forecast.loaded("disk", 1000, 0.1)
+    assert forecast.load_s("store", 900) == 2.0
+    assert forecast.load_s("store", 17_000_000) == 8.0
+    assert forecast.load_s("disk", 0) == 0.1
+    assert 2.0 < forecast.load_s("store", 0) < 8.0, "size unknown: the source's mean"
+    assert 0.1 < forecast.load_s("elsewhere", 1000) < 8.0, "source unknown: the mean of all"
+    for _ in range(100):
+        forecast.loaded("store", 1000, 0.5)
+    assert forecast.load_s("store", 900) == pytest.approx(0.5, abs=0.01), "what is long past is forgotten"
 
 
 def test_forecasts_refuse_nobody_before_anything_was_seen() -> None:

@@ -14,6 +14,7 @@ from serving.engine.breaker import FIRST_S, Doubt
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.plan import StepPlan, StepResult
+from serving.engine.proof import Proofs
 from serving.engine.request import Failed, Finished, Moved, Pin, Warm
 from serving.engine.runner import Runner
 from serving.timing import engine_s, spans
@@ -260,6 +261,47 @@ def refusal_now(case: EngineCase, key: object) -> Failed:
     ending = case.answers[key].endings[0]  # type: ignore[index]
     assert isinstance(ending, Failed), ending
     return ending
+
+
+def test_of_a_burst_after_its_time_one_request_alone_tries_the_adapter(bench: Bench) -> None:
+    broken = True
+
+    def install(runner: Runner, slot: int, adapter: HostAdapter) -> None:
+        if not broken:
+            runner.install(slot, adapter)
+
+    case = bench.case(wrap=planted(install))
+    refusal(case, case.submit(PROMPT, "a"))
+    broken = False
+    case.time += FIRST_S
+    burst = [case.submit(PROMPT, "a") for _ in range(4)]
+    case.run()
+    endings = [case.answers[key].endings[0] for key in burst]
+    assert [type(ending) for ending in endings] == [Finished, Failed, Failed, Failed]
+    assert {e.code for e in endings if isinstance(e, Failed)} == {"adapter_quarantined"}
+    assert case.answer(case.submit(PROMPT, "a")) == bench.expected("a")
+
+
+def test_several_warmed_at_once_are_proven_one_a_step(bench: Bench) -> None:
+    shown: list[int] = []
+
+    class Counting(Blind):
+        spare_rows = ()
+
+        def moves(self, slot: int, adapter: HostAdapter) -> bool:
+            shown.append(slot)
+            return True
+
+    case = bench.case()
+    case.engine._prover = Counting()
+    case.engine._proofs = Proofs()
+    keys = [case.keep(lambda number, name=name: Warm(number, name, 60.0)) for name in "abc"]  # type: ignore[misc]
+    case.run(lambda: len(case.host.digests()) == 3)
+    while any(case.told[key] is None for key in keys):
+        before = len(shown)
+        case.step()
+        assert len(shown) - before <= 1
+    assert sorted(shown) == [1, 2, 3]
 
 
 def test_a_trial_that_is_cancelled_leaves_the_next_one_to_try(bench: Bench) -> None:

@@ -211,6 +211,8 @@ class Admission:
             lane = lanes.pop(0)
             sequence, digest, spare = lane.head, lane.scope.adapter, awaited
             if digest is not None:
+                if self._breaker.aside_s(digest, now):  # another of this very moment tries it out
+                    continue
                 if self._patient(lane, now):
                     spare = self._before(lane)
                 if digest in self._drains or not self._slots.can_have(digest, spare):

@@ -185,7 +185,7 @@ class Engine:
             out += self._scheduler.settle(plan, result, done)
         if out:
             self._sink(out)
-        return bool(plan.rows)
+        return bool(plan.rows) or self._proofs.next_effect is not None
 
     def _take_in(self, now: float) -> list[Outgoing]:
         out: list[Outgoing] = []

@@ -55,7 +55,7 @@ def serve(
         str | None,
         typer.Option(
             "--ray",
-            metavar="auto|HOST:PORT",
+            metavar="HOST:PORT",
             help="A Ray cluster that runs already; its nodes must see the home at the same path.",
         ),
     ] = None,

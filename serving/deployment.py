@@ -183,7 +183,7 @@ class ReplicaDirectory:
 class EngineCluster:
     """Engine replicas on Ray, as `loraplane serve` runs them. Blocking: call it from a worker thread.
 
-    ray_address: a cluster that runs already (`auto`, or HOST:PORT); None: a local one of our own. drain_s: what a
+    ray_address: a cluster that runs already (HOST:PORT); None: a local one of our own. drain_s: what a
     replica that is ended gives to its running sequences.
     """
 
@@ -230,7 +230,8 @@ class EngineCluster:
                     address=self._ray_address, log_to_driver=False, logging_level="error", ignore_reinit_error=True
                 )
             except (ConnectionError, ValueError) as error:
-                raise RuntimeError(f"no Ray cluster at {self._ray_address}: {error}") from error
+                where = f"the Ray cluster at {self._ray_address}"
+                raise RuntimeError(f"{where} does not let us in; is RAY_AUTH_TOKEN the cluster's? {error}") from error
             return
         ray.init(
             address="local",

@@ -291,9 +291,7 @@ class EngineLink:
         ended = False
         try:
             ids = tuple(prompt)
-            writer.write(
-                _pack(Submit(number, ids, sampling, adapter, choice, deadline_s, tenant, shadow=shadow))
-            )
+            writer.write(_pack(Submit(number, ids, sampling, adapter, choice, deadline_s, tenant, shadow=shadow)))
             while not ended:
                 event = await events.get()
                 ended = isinstance(event, _ENDINGS)

@@ -20,6 +20,7 @@ from adapters.records import BASE_ID, BaseRecord
 from adapters.registry import Registry
 from serving.config import EdgeSettings, load_settings
 from serving.engine.config import EngineConfig
+from serving.rayenv import check_address, prepare
 from serving.scaling import Scaling, scaling
 from serving.server import Cluster, Parts, bind, run_server, socket_folder
 
@@ -57,6 +58,8 @@ def start(options: ServeOptions) -> int:
     settings = load_settings(host=options.host, port=options.port, drain_s=options.drain_s)
     wanted = scaling(options.replicas, options.min_replicas, options.max_replicas)
     _check_device(options.device, wanted)
+    if options.ray_address is not None:
+        check_address(options.ray_address)
     home = Home.find(options.home, options.store)
     listener = bind(settings)
     registry = Registry.open(home)
@@ -66,7 +69,7 @@ def start(options: ServeOptions) -> int:
         with socket_folder() as sockets:
             config = _engine(options, home, record, folder, wanted)
             cluster = _cluster(config, sockets, wanted, options.ray_address, settings.drain_s)
-            parts = _parts(home, registry, record, folder, settings, config, cluster)
+            parts = _parts(home, registry, record, folder, settings, config, cluster, wanted)
             return run_server(parts, listener)
     finally:
         registry.close()
@@ -141,8 +144,6 @@ class _ServedShelf:
 
 
 def _cluster(config: EngineConfig, sockets: Path, wanted: Scaling, ray_address: str | None, drain_s: float) -> Cluster:
-    from serving.rayenv import prepare
-
     prepare(ours=ray_address is None)  # before ray is imported: it reads the environment then
     from serving.deployment import EngineCluster
 
@@ -157,6 +158,7 @@ def _parts(
     settings: EdgeSettings,
     config: EngineConfig,
     cluster: Cluster,
+    wanted: Scaling,
 ) -> Parts:
     limits = {
         "engine_rows": config.max_rows,
@@ -167,6 +169,8 @@ def _parts(
         "engine_disk_bytes": config.disk_bytes,
         "engine_rank": config.max_rank,
         "engine_threads": config.num_threads,
+        "engine_replicas_lowest": wanted.lowest,
+        "engine_replicas_highest": wanted.highest,
     }
     return Parts(
         home=home,

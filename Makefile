@@ -48,8 +48,8 @@ bench-peers: $(STAMP) ## Install vLLM, transformers and PEFT in the cache, once 
 bench-train: $(STAMP) ## Measure training against plain Trainer and PEFT
 	@$(BIN)/python -m loadtests.bench_train $(ARGS)
 
-scenarios: $(STAMP) ## Replay the loads W5, W6, W7 by locust, published figures beside ours; ARGS="W1 --short" others
-	@$(BIN)/python -m loadtests.scenarios $(if $(ARGS),$(ARGS),W5 W6 W7)
+scenarios: $(STAMP) ## Replay W5, W6 and W7 by locust, published figures beside ours; others by ARGS="W1 --short"
+	@$(BIN)/python -m loadtests.scenarios $(ARGS)
 
 loadtest: $(STAMP) ## 30 s of locust against a server it starts; checks the digest of every answer
 	@$(BIN)/python -m loadtests.run $(ARGS)

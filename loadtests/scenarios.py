@@ -28,6 +28,8 @@ from loadtests.run import LoadTestFailed, drive
 from loadtests.shapes import SCENARIOS, Arm, Item, Scenario, schedule
 from loadtests.stage import Stage, stage
 
+_EVERY = "all"
+_USUAL = ("W5", "W6", "W7")
 _PATIENCE = 4.0  # how many times as long as planned an arm may take before no more is asked
 _LEAST_S = 120.0
 _SLOWEST_PER_S = 0.25
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _play(options: argparse.Namespace) -> Told:
-    names = list(SCENARIOS) if "all" in options.scenario else list(dict.fromkeys(options.scenario))
+    chosen = options.scenario or _USUAL
+    names = list(SCENARIOS) if _EVERY in chosen else list(dict.fromkeys(chosen))
     tables: list[Table] = []
     reports: list[dict[str, Any]] = []
     shown: list[Figure] = []
@@ -193,6 +196,12 @@ def judged(found: Sequence[Figure]) -> list[Verdict]:
     return [GOALS[f.goal].judge(f.ours) for f in found if f.goal]
 
 
+def _known(text: str) -> str:
+    if text not in (*SCENARIOS, _EVERY):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SCENARIOS)} and {_EVERY}")
+    return text
+
+
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -208,7 +217,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "python -m loadtests.scenarios W5 W6 W7 --short",
     )
     add_base_options(found)
-    found.add_argument("scenario", nargs="+", choices=[*SCENARIOS, "all"], metavar="W", help="W1 to W8, or all")
+    found.add_argument("scenario", nargs="*", type=_known, metavar="W", help="W1 to W8, or all; default: W5 W6 W7")
     found.add_argument("--url", help="a running server; random adapters are published there, named load-...")
     found.add_argument("--seed", type=int, default=0, help="equal seeds ask the same")
     found.add_argument("--rate", type=_positive, help="requests/s that the server completes; default: found beforehand")

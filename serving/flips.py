@@ -150,6 +150,10 @@ class Flips:
             await self._warmed(version, self._hold(version) or _BARELY_S)
         except (Overloaded, Unavailable) as error:
             raise WarmFailed(version.id, str(error), error.retry_after_s) from error
+        beat = self._gateway.door.heartbeat
+        if beat is not None and version.digest in beat.quarantined:
+            # It lies there, and would answer nobody.
+            raise WarmFailed(version.id, "The engine has it set aside; see GET /v1/adapters/residency.", 30.0)
 
     async def _warmed(self, version: AdapterVersion, ttl_s: float) -> Moved:
         limit = self._limits.warm_deadline_s

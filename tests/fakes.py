@@ -116,6 +116,7 @@ class FakeEngine:
     pinned: set[str] = field(default_factory=set)
     dropped: list[tuple[str, float]] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
+    aside: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -171,6 +172,7 @@ class FakeEngine:
             queue_limit=256,
             pinned=tuple(sorted(self.pinned)),
             warm=tuple(sorted(self.warmed)),
+            quarantined=tuple(sorted(self.aside)),
         )
 
     @property

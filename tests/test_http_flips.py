@@ -153,6 +153,14 @@ async def test_a_load_that_takes_too_long_refuses_the_promotion(tmp_path: Path) 
     assert case.registry.history("summarize") == []
 
 
+async def test_a_version_that_the_engine_has_set_aside_is_not_promoted(client: httpx.AsyncClient, case: Case) -> None:
+    case.engine.aside = {digest_of(case, 2)}
+    answer = await promote(client, 2)
+    assert (answer.status_code, error_body(answer)["code"]) == (503, "warm_failed")
+    assert "set aside" in error_body(answer)["message"]
+    assert (await ask(client)).json()["adapter_version"] == 1
+
+
 async def test_what_the_gate_refuses_is_not_loaded(client: httpx.AsyncClient, case: Case) -> None:
     case.registry.set_policy("summarize", policy(), "t")
     answer = await client.post("/v1/adapters/summarize/promote", json={"version": 2})

@@ -20,6 +20,7 @@ from adapters.prompts import Renderer
 from adapters.records import InFlight
 from serving.api.app import build_app, build_gateway
 from serving.config import load_settings
+from serving.engine.breaker import Doubt
 from serving.engine.build import build_engine
 from serving.engine.engine import Engine
 from serving.gateway import Gateway
@@ -212,6 +213,23 @@ async def test_a_revoked_version_leaves_the_engine_and_its_neighbours_run_on(liv
     digest = live.shelf.registry.version("spell", 1).digest
     await until(lambda: digest not in live.resident())
     live.check(await neighbour)
+
+
+async def test_the_version_before_answers_while_the_engine_has_the_champion_set_aside(live: Live) -> None:
+    first, second = live.shelf.publish("spell"), live.shelf.publish("spell")
+    live.shelf.flip("spell", 2)
+    live.check(await live.ask("spell", 6))
+    live.engine._scheduler.breaker.quarantine(second.digest, Doubt.NUMERICS, time.monotonic())
+    body = {"model": "spell", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    refused = await live.client.post("/v1/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "adapter_quarantined")
+    path = "/v1/adapters/spell/aliases/champion/fallback"
+    assert (await live.client.put(path, json={"policy": "previous"})).status_code == 200
+    answer = await live.ask("spell", 20)
+    assert answer["digest"] == first.digest
+    live.check(answer)
+    told = await live.client.post("/v1/completions", json=body)
+    assert (told.json()["model"], told.headers["x-adapter-instead-of"]) == ("spell@1", "spell@2")
 
 
 async def test_a_pin_outlives_the_engine_that_held_it(live: Live) -> None:

@@ -82,8 +82,8 @@ class UsageShape(Shape):
 
 
 class Named(Shape):
-    """What every answer says of its weights. adapter_instead_of is there where an alias fell back to the version before:
-    the version that was asked for, and is set aside."""
+    """What every answer says of its weights. adapter_instead_of is there where an alias fell back to the version
+    before: it names the one that was asked for and is set aside."""
 
     id: str
     created: int

@@ -29,7 +29,7 @@ _REFUSED = f"{Problem.HTTP_STATUS.value}: 429"
 
 @dataclass(frozen=True, slots=True)
 class ArmRun:
-    """An arm that was replayed. picks: the adapter of each request, as planned; model: what it is called there.
+    """An arm that was replayed. picks: the adapter of each request, as planned; models: what they are called there.
 
     flipped: what moves of aliases came to meanwhile, where there were any; again: the same weights and prompts asked
     once more in quiet, by pinned versions.

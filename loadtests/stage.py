@@ -19,7 +19,17 @@ from adapters.http_door import HttpDoor
 from adapters.records import AdapterVersion, BaseRecord
 from adapters.registry_door import API_KEY_VARIABLE
 from adapters.screen import note
-from loadtests.bench_home import WHO, Base, Furnished, Kind, add_adapters, furnish, pick_base, publish_random
+from loadtests.bench_home import (
+    WHO,
+    Base,
+    Furnished,
+    Kind,
+    add_adapters,
+    furnish,
+    pick_base,
+    publish_random,
+    write_adapter,
+)
 from loadtests.bench_shell import BenchFailed, aside
 from loadtests.processes import ServerProcess, is_ready
 from loadtests.shapes import Scenario
@@ -56,10 +66,8 @@ class Stage:
 
 def metrics(url: str) -> dict[tuple[str, ...], float]:
     """What GET /metrics says: (name, label values ...) -> value. Raises BenchFailed when it says nothing."""
-    key = os.environ.get(API_KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = httpx.get(f"{url}/metrics", timeout=_TIMEOUT_S, trust_env=False, headers=headers)
+        answer = httpx.get(f"{url}/metrics", timeout=_TIMEOUT_S, trust_env=False, headers=_key())
         answer.raise_for_status()
     except httpx.HTTPError as error:
         raise BenchFailed(f"{url}/metrics does not answer: {error}") from error
@@ -176,10 +184,11 @@ def _key() -> dict[str, str]:
 
 def _merged_home(home: Furnished, kind: Kind, root: Path) -> Furnished:
     """A home whose base has the first random adapter of this kind in its weights."""
-    from peft import PeftModel
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise BenchFailed("W8 merges an adapter with PEFT: pip install 'loraplane[train]'") from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from loadtests.bench_home import write_adapter
 
     note("merging an adapter into the base")
     folder = write_adapter(home.base.modules, root / "adapter", 1, base_name=home.base.name, kind=kind)

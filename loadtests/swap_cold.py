@@ -133,17 +133,18 @@ def _beside_streams(side: HttpSide, prompter: Prompter, size: Size, cycle: Cycle
     streams = Streams(side, prompter, targets, engine_limit(side.url, "model_len"))
     windows: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     asked: dict[bool, list[Answered]] = {True: [], False: []}
-    with contextlib.closing(connect(side.url)) as line:
-        try:
-            streams.start()
+    try:
+        streams.start()
+        # Opened now: a server hangs up on who says nothing for long.
+        with contextlib.closing(connect(side.url)) as line:
             for turn in range(2 * size.windows):
                 cold = turn % 2 == 1
                 begun = time.perf_counter()
                 pick = cycle.next if cold else lambda: cycle.last
                 asked[cold] += _intrude(line, side, prompter, pick, begun + size.window_s)
                 windows[cold].append((begun, time.perf_counter()))
-        finally:
-            streams.stop()
+    finally:
+        streams.stop()
     calm, rough = gaps_ms(streams.times, windows[False]), gaps_ms(streams.times, windows[True])
     if not calm or not rough:
         raise BenchFailed("too few tokens came beside the loads; measure for longer")

@@ -109,10 +109,11 @@ class DiskTier:
                 os.fsync(file.fileno())
             self._remember(path.name, cost_s)
             with self._lock:
-                self._make_room(staged.stat().st_blocks * _BLOCK_BYTES)
+                size = staged.stat().st_blocks * _BLOCK_BYTES
+                self._make_room(size, but=path.name)
                 staged.replace(path)
                 _sync_folder(self._folder)
-                self._count()
+                self._booked(1, size)
         except OSError as error:
             # Nobody waits for this: the next one who needs the adapter has it from the store.
             _log.warning("disk_tier_full", adapter=adapter.digest[:12], error=error.strerror)
@@ -136,30 +137,33 @@ class DiskTier:
                         path.unlink()
             with self._lock:
                 self._make_room(0)
-                self._count()
         except OSError as error:
             _log.warning("disk_tier_off", error=error.strerror)
             self.budget_bytes = 0
 
-    def _make_room(self, bytes_wanted: int) -> None:
-        """Delete until so many bytes fit: first what was not read for long, is large, and is cheap to have again."""
-        files = list(self._files())
-        total = sum(file.bytes for file in files) + bytes_wanted
-        if total <= self.budget_bytes:
-            return
-        now = self._now()
+    def _make_room(self, bytes_wanted: int, but: str = "") -> None:
+        """Delete until so many bytes fit: first what was not read for long, is large, and is cheap to have again.
 
-        def worth(file: _File) -> float:
-            """Seconds that a byte saves, over the time that it was not wanted."""
-            return self._cost_s(file.path) / max(file.bytes, 1) / max(now - file.used_at, 1.0)
+        but: the name that is about to be replaced.
+        """
+        files = [file for file in self._files() if file.path.name != but]
+        count, total = len(files), sum(file.bytes for file in files)
+        if total + bytes_wanted > self.budget_bytes:
+            now = self._now()
 
-        for file in sorted(files, key=worth):
-            if total <= self.budget_bytes:
-                return
-            file.path.unlink(missing_ok=True)
-            total -= file.bytes
-            with self._guard:
-                self.evictions += 1
+            def worth(file: _File) -> float:
+                """Seconds that a byte saves, over the time that it was not wanted."""
+                return self._cost_s(file.path) / max(file.bytes, 1) / max(now - file.used_at, 1.0)
+
+            for file in sorted(files, key=worth):
+                if total + bytes_wanted <= self.budget_bytes:
+                    break
+                file.path.unlink(missing_ok=True)
+                count, total = count - 1, total - file.bytes
+                with self._guard:
+                    self.evictions += 1
+        with self._guard:
+            self.count, self.bytes = count, total
 
     def _files(self) -> Iterator[_File]:
         with os.scandir(self._folder) as entries:
@@ -187,7 +191,7 @@ class DiskTier:
             with self._lock:
                 freed = path.stat().st_blocks * _BLOCK_BYTES
                 path.unlink()
-                self._count()
+                self._booked(-1, -freed)
         except FileNotFoundError:
             return 0
         except OSError as error:
@@ -195,10 +199,10 @@ class DiskTier:
             return 0
         return freed
 
-    def _count(self) -> None:
-        files = list(self._files())
+    def _booked(self, count: int, size: int) -> None:
+        """So much more lies here; what other engines did since is counted at the next `put`."""
         with self._guard:
-            self.count, self.bytes = len(files), sum(file.bytes for file in files)
+            self.count, self.bytes = max(0, self.count + count), max(0, self.bytes + size)
 
 
 def _sync_folder(path: Path) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import queue
 import time
-from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import structlog
@@ -22,13 +23,15 @@ from adapters.errors import AdapterLoadFailed, AdapterRefused, LoraplaneError, U
 from serving.engine.demand import Demand
 from serving.engine.lora import HostAdapter
 from serving.engine.plan import Load, LoadState
-from serving.engine.request import LOAD_BUCKETS_S, LoadTimes
+from serving.engine.request import LoadTimes
+from serving.load_counts import LoadCounts
 from serving.load_workers import BUILD, DISK, STORE, WRITE, ThreadWorkers, Workers
 
 MAX_UNDER_WAY = 64
 MAX_WRITES = 8  # adapters that wait to be written below; beyond them one stays unwritten
 LONGEST_REFUSAL_S = 60.0
 FAILURES_KEPT = 4096
+COMPARED = 256  # adapters of which the one that is worth least goes
 AWAITED_S = 5.0  # what nobody has wanted for so long, nobody waits for
 _log = structlog.get_logger()
 
@@ -117,7 +120,6 @@ class _Held:
     bytes: int
     times: LoadTimes
     wanted_at: float
-    turn: int
     fresh: bool = True
 
 
@@ -129,34 +131,6 @@ class _Failure:
     until: float
     refused_s: float
     permanent: bool
-
-
-@dataclass(slots=True)
-class LoadCounts:
-    """How often, and for how long, adapters were brought from where; keys are tiers, `failed` among them.
-
-    histograms: by key, loads that took at most each of LOAD_BUCKETS_S, and all of them last.
-    """
-
-    loads: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    _buckets: dict[str, list[int]] = field(default_factory=dict)
-
-    def count(self, source: str, seconds: float) -> None:
-        """Book one load."""
-        self.loads[source] = self.loads.get(source, 0) + 1
-        self.seconds[source] = self.seconds.get(source, 0.0) + seconds
-        buckets = self._buckets.setdefault(source, [0] * (len(LOAD_BUCKETS_S) + 1))
-        buckets[bisect_left(LOAD_BUCKETS_S, seconds)] += 1
-
-    @property
-    def histograms(self) -> dict[str, tuple[int, ...]]:
-        """See LoadCounts."""
-        found: dict[str, tuple[int, ...]] = {}
-        for source, buckets in self._buckets.items():
-            total = 0
-            found[source] = tuple(total := total + count for count in buckets)
-        return found
 
 
 class HostTier:
@@ -187,9 +161,9 @@ class HostTier:
         self.below = below or Nothing()
         self._results: queue.SimpleQueue[_Loading] = queue.SimpleQueue()
         self._written: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._held: dict[str, _Held] = {}
+        self._held: OrderedDict[str, _Held] = OrderedDict()  # least recently wanted first
         self._loading: dict[str, _Loading] = {}
-        self._begun = self._writes = self._turn = 0
+        self._begun = self._writes = 0
         self._failed: dict[str, _Failure] = {}
         self._kept: set[str] = set()
         self.held_bytes = 0
@@ -208,15 +182,15 @@ class HostTier:
 
     def digests(self) -> tuple[str, ...]:
         """What is on the host, least recently wanted first."""
-        return tuple(sorted(self._held, key=lambda digest: self._held[digest].turn))
+        return tuple(self._held)
 
     def want(self, digest: str) -> LoadState:
         """Where the adapter is; starts its load if it is nowhere. Never blocks."""
         now = self._now()
         held = self._held.get(digest)
         if held is not None:
-            self._turn += 1
-            held.turn, held.wanted_at = self._turn, now
+            self._held.move_to_end(digest)
+            held.wanted_at = now
             times = held.times if held.fresh else None
             return LoadState(Load.READY, source=held.times.source if held.fresh else "host", times=times)
         loading = self._loading.get(digest)
@@ -328,8 +302,7 @@ class HostTier:
             self._fail(digest, done.error, seconds)
             return
         self._failed.pop(digest, None)
-        self._turn += 1
-        self._held[digest] = _Held(done.adapter, times.bytes, times, done.wanted_at, self._turn)
+        self._held[digest] = _Held(done.adapter, times.bytes, times, done.wanted_at)
         self.held_bytes += times.bytes
         self.counts.count(times.source, seconds)
         _log.debug("adapter_loaded", adapter=digest[:12], source=times.source, seconds=round(seconds, 4))
@@ -355,21 +328,28 @@ class HostTier:
         _log.warning("adapter_load_failed", adapter=digest[:12], error=told, refused_s=refused_s)
 
     def _evict(self) -> None:
-        """Drop adapters until the budget holds: last those that somebody waits for, and of these never the last."""
+        """Drop adapters until the budget holds: last those that somebody waits for, and of these never the last.
+
+        Only the least recently wanted are compared: thousands would take the engine's thread longer than a step may.
+        """
         now = self._now()
 
-        def worth(digest: str) -> tuple[bool, float, int]:
+        def worth(digest: str) -> tuple[bool, float]:
             held = self._held[digest]
-            awaited = held.fresh and now - held.wanted_at <= AWAITED_S
+            if held.fresh and now - held.wanted_at <= AWAITED_S:
+                return True, 0.0
             again_s = held.times.fetch_s + held.times.host_s
-            saved = 0.0 if awaited else self.demand.of(digest) * again_s / max(held.bytes, 1)
-            return awaited, saved, held.turn
+            return False, self.demand.of(digest) * again_s / max(held.bytes, 1)
 
-        for digest in sorted((d for d in self._held if d not in self._kept), key=worth)[:-1]:
-            if self.held_bytes <= self._budget:
+        while self.held_bytes > self._budget:
+            compared = list(islice((d for d in self._held if d not in self._kept), COMPARED))
+            for digest in sorted(compared, key=worth)[: -1 if len(compared) < COMPARED else COMPARED // 2]:
+                if self.held_bytes <= self._budget:
+                    return
+                self._forget(digest)
+                self.evictions += 1
+            if len(compared) < COMPARED:
                 return
-            self._forget(digest)
-            self.evictions += 1
 
     # -- on the workers' threads ----------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from adapters.golden import GoldenRow
 from serving.engine.lora import End, Form, HostAdapter
 
-FORMAT = 1
+FORMAT = 1  # to be changed with what is written, and with what scaling makes of the same weights
 MAX_FILE_BYTES = 16 << 30
 _MAGIC = b"LPPACK\x00\x01"
 _HASHED_FROM = len(_MAGIC) + 32

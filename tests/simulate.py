@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from tests.simulation.mutants import MUTANTS
+from tests.simulation.plan import Plan
 from tests.simulation.registry import SimRegistry
 from tests.simulation.replica import Parts
 from tests.simulation.weights import Broken
-from tests.simulation.world import Plan, World
+from tests.simulation.world import World
 
 Mutant = Callable[[SimRegistry], Parts]
 

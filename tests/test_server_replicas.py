@@ -171,6 +171,26 @@ def test_kill_9_of_a_replica_ends_its_own_streams_alone_and_it_is_replaced(serve
     wait_for(lambda: by_replica(server, "engine_replica_adapters_device").get(new, 0) >= 1, 20, "the pinned adapter")
 
 
+@pytest.mark.slow
+def test_a_replica_that_hangs_gets_nothing_new_and_is_replaced(server: LiveServer) -> None:
+    """Stopped, not dead: its socket stays open and says nothing. After 3 s everything goes to the other; Ray's checks
+    end it, its stream hears `engine_lost`, and a new one comes."""
+    victim = min(_taking(server))
+    others = _taking(server) - {victim}
+    psutil.Process(int(victim.split("-")[0])).send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    wait_for(lambda: by_replica(server, "engine_replica_heartbeat_age_seconds")[victim] > 3.2, 20, "it is silent")
+    sent = by_replica(server, "engine_replica_sequences_total")[victim]
+    with server.client() as client:
+        for number in range(10):
+            answer = client.post("/v1/chat/completions", json=chat("base", f"{number}" * 9))
+            assert answer.status_code == 200
+        assert client.get("/ready").status_code == 200
+    assert by_replica(server, "engine_replica_sequences_total")[victim] == sent
+    wait_for(lambda: len(_taking(server) - {victim} - others) == 1, 120, "a replacement")
+    print(f"replaced after {time.monotonic() - begun:.1f} s")
+
+
 def _taking(server: LiveServer) -> set[str]:
     return {name for name, value in by_replica(server, "engine_replica_connected").items() if value}
 

@@ -105,6 +105,23 @@ def test_without_counters_the_same_load_starves_the_quiet_ones() -> None:
     assert whole(beside) > 5 * whole(alone)
 
 
+def test_many_long_prompts_of_one_hold_up_anothers_by_one_of_them() -> None:
+    """Ten prompts of 400 tokens have rows already, 64 tokens fit a step; in order of arrival it was 58 steps."""
+    case = SchedulerCase(rows=16, slots=4, chunk=64)
+    for adapter in ("long", "quiet"):
+        case.submit(adapter)
+    case.run()
+    streams = [case.submit(prompt=1, tokens=500) for _ in range(2)]
+    long = [case.submit("long", prompt=400, tokens=2) for _ in range(10)]
+    case.step()
+    quiet = case.submit("quiet", prompt=20)
+    while case.asked[quiet].first is None:
+        case.step()
+    assert case.steps - case.asked[quiet].at <= 9
+    case.run()
+    assert {case.asked[key].code for key in (*streams, *long, quiet)} == {"done"}
+
+
 # -- G6: more adapters than slots ----------------------------------------------------------------------------------
 
 

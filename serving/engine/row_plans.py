@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
+from serving.engine.kv import Scope
 from serving.engine.plan import RowPlan
+from serving.engine.request import State
 from serving.engine.sequence import Sequence
+
+
+def prompts_in_turn(running: Iterable[Sequence], unproven: Collection[str]) -> list[Sequence]:
+    """Whose prompts are computed, the first first: of each tenant and adapter the oldest, then of each the next, so
+    that many long prompts of one hold up another's by one of them. Shadows' come behind all others.
+
+    unproven: adapters whose sequences wait.
+    """
+    before: Counter[Scope] = Counter()
+    found: list[tuple[bool, int, Sequence]] = []
+    for sequence in running:
+        if sequence.state is State.PREFILL and sequence.adapter not in unproven:
+            found.append((sequence.submit.shadow, before[sequence.scope], sequence))
+            before[sequence.scope] += 1
+    return [sequence for *_, sequence in sorted(found, key=lambda at: at[:2])]
 
 
 def decode_rows(sequence: Sequence, slot: int, eos: frozenset[int]) -> list[RowPlan]:

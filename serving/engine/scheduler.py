@@ -25,7 +25,7 @@ from serving.engine.request import (
     Submit,
     Tokens,
 )
-from serving.engine.row_plans import decode_rows, prefill_row
+from serving.engine.row_plans import decode_rows, prefill_row, prompts_in_turn
 from serving.engine.sequence import Sequence
 from serving.engine.shadows import Shadows, dropped
 from serving.engine.slots import Placement, SlotTable
@@ -195,17 +195,15 @@ class Scheduler:
         ]
         budget = self.prompt_room - sum(row.length for row in golden)
         rows += golden
-        # A shadow's prompt is computed with what the others' leave.
-        for sequence in sorted(self._running.values(), key=lambda s: s.submit.shadow):
+        for sequence in prompts_in_turn(self._running.values(), unproven):
             if budget <= 0:
                 break
-            if sequence.state is State.PREFILL and sequence.adapter not in unproven:
-                self._share(sequence)
-                # An encoder reads both ways: its prompt is computed whole.
-                most = len(sequence.submit.prompt) if self._limits.max_answer_len else budget
-                row = prefill_row(sequence, self._slot(sequence), self._eos, most)
-                budget -= row.length
-                rows.append(row)
+            self._share(sequence)
+            # An encoder reads both ways: its prompt is computed whole.
+            most = len(sequence.submit.prompt) if self._limits.max_answer_len else budget
+            row = prefill_row(sequence, self._slot(sequence), self._eos, most)
+            budget -= row.length
+            rows.append(row)
         scrub, self._tainted = tuple(self._tainted), []
         copies, self._copies = tuple(self._copies), []
         # Decode rows first and by cache row: the runner reads the cache as one prefix.

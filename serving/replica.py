@@ -47,7 +47,7 @@ class ReplicaView:
     sent: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Member:
     """A replica that the directory named. leaving: it is named no more, and only finishes what it has."""
 

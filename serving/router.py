@@ -57,6 +57,7 @@ class Router:
         self._members: dict[str, Member] = {}
         self._prefixes, self._heat = PrefixMemory(), Heat()
         self._departed: Heartbeat | None = None
+        self._stopping = False
         # What was asked of all replicas holds for those that come later: until when (seconds), and by digest.
         self._warm: dict[str, float] = {}
         self._pinned: set[str] = set()
@@ -78,7 +79,8 @@ class Router:
         gone = [m.ledger.beat for m in self._members.values() if m not in fresh and m.ledger.beat is not None]
         if self._departed is not None:
             gone.append(self._departed)
-        return together([m.ledger.beat for m in fresh if m.ledger.beat is not None], gone)
+        beats = [m.ledger.beat for m in fresh if m.ledger.beat is not None]
+        return beats[0] if len(beats) == 1 and not gone else together(beats, gone)
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -111,7 +113,7 @@ class Router:
                     member.link.submit(prompt, sampling, adapter, choice, deadline_s, tenant, shadow=shadow)
                 ) as events:
                     async for event in events:
-                        if not begun and isinstance(event, Failed) and _refused(event):
+                        if not begun and not self._stopping and isinstance(event, Failed) and _refused(event):
                             answer = event
                             break
                         begun = True
@@ -149,12 +151,13 @@ class Router:
         """See EngineDoor: on every replica, side by side."""
         self._warm.pop(digest, None)
         self._pinned.discard(digest)
-        return await self._ask_all(lambda link: link.drop(digest, deadline_s))
+        return await self._ask_all(lambda link: link.drop(digest, deadline_s), also_leaving=True)
 
     # -- its own --------------------------------------------------------------------------------------------------
 
     def fail_running(self, code: str, message: str) -> None:
-        """End every running sequence of every replica with this failure."""
+        """End every running sequence of every replica with this failure; none is offered to another any more."""
+        self._stopping = True
         for member in self._members.values():
             member.link.fail_running(code, message)
 
@@ -202,19 +205,20 @@ class Router:
 
     def tend(self) -> None:
         """Greet newcomers, forget the gone, and copy what is too hot. `run` calls it twice a second."""
+        fresh = self._fresh(self._connected())
         for name, member in list(self._members.items()):
-            connected = member.look()
-            if connected and not member.greeted:
+            if member not in fresh:
+                member.greeted = False  # it was not asked what the others were asked meanwhile
+            elif not member.greeted:
                 member.greeted = True
                 task = asyncio.get_running_loop().create_task(self._greet(member))
                 self._greeting.add(task)
                 task.add_done_callback(self._greeting.discard)
-            if not connected:
-                member.greeted = False
+            if not member.look():
                 member.ledger.lost()
                 if member.leaving:
                     self._forget(name, member)
-        members = {m.address.replica: m.ledger for m in self._fresh(self._connected()) if not m.leaving}
+        members = {m.address.replica: m.ledger for m in fresh if not m.leaving}
         demand: dict[str, int] = {}
         for ledger in members.values():
             for digest, count in ledger.demand().items():
@@ -296,9 +300,11 @@ class Router:
         self._warm = {digest: until for digest, until in self._warm.items() if until > now}
         return now
 
-    async def _ask_all(self, ask: _Asking) -> Moved | Failed:
-        """One answer for all replicas: a refusal if one refused; those that died meanwhile hold nothing."""
-        answers = await asyncio.gather(*(ask(m.link) for m in self._connected() if not m.leaving))
+    async def _ask_all(self, ask: _Asking, *, also_leaving: bool = False) -> Moved | Failed:
+        """One answer for all replicas that answer: a refusal if one refused. Those that died meanwhile hold nothing;
+        one that hangs is not waited for, and greeted anew when it comes back."""
+        members = [m for m in self._fresh(self._connected()) if also_leaving or not m.leaving]
+        answers = await asyncio.gather(*(ask(m.link) for m in members))
         failed = [a for a in answers if isinstance(a, Failed)]
         moved = [a for a in answers if isinstance(a, Moved)]
         refused = next((a for a in failed if a.code not in _ABSENT), None)

@@ -216,7 +216,9 @@ class Heat:
         """
         found: list[tuple[str, str]] = []
         coming = set(arriving)
-        for digest, rows in sorted(self._rows.items(), key=lambda item: (-item[1], item[0])):
+        least = HOT_SHARE * min((ledger.rows for ledger in replicas.values()), default=0)
+        hottest = sorted((item for item in self._rows.items() if item[1] > least), key=lambda item: (-item[1], item[0]))
+        for digest, rows in hottest:
             near = {n: ledger.residency(digest) for n, ledger in replicas.items()}
             having = [n for n, where in near.items() if where >= HOST or (digest, n) in coming]
             if not having or rows <= HOT_SHARE * sum(replicas[n].rows for n in having):

@@ -632,6 +632,56 @@ def test_a_replica_that_dies_while_it_warms_does_not_spoil_the_answer_of_the_oth
     run(scenario())
 
 
+def test_a_replica_that_hangs_is_not_waited_for_and_is_told_when_it_comes_back() -> None:
+    async def scenario() -> None:
+        fleet = Fleet(a=FakeReplica(), b=FakeReplica())
+        async with routed(fleet) as router:
+            fleet.replicas["a"].heartbeat_age = 4.0
+            await until(lambda: not router._members["a"].greeted)
+            await router.warm(X, 60.0)
+            await router.pin(Y, True)
+            assert (fleet.replicas["a"].pinned, fleet.replicas["b"].pinned) == (set(), {Y})
+            fleet.replicas["a"].heartbeat_age = 0.1
+            await until(lambda: fleet.replicas["a"].pinned == {Y})
+            assert list(fleet.replicas["a"].warmed) == [X]
+
+    run(scenario())
+
+
+def test_a_drop_reaches_a_replica_that_leaves_too() -> None:
+    """It still computes for whoever began there."""
+
+    async def scenario() -> None:
+        fleet = Fleet(a=FakeReplica(), b=FakeReplica())
+        async with routed(fleet) as router:
+            fleet.named.remove("a")
+            await until(lambda: any(view.leaving for view in router.views()))
+            await router.drop(X, 1.0)
+            assert [r.dropped for r in fleet.replicas.values()] == [[(X, 1.0)]] * 2
+
+    run(scenario())
+
+
+def test_a_sequence_that_a_stopping_server_ended_does_not_begin_elsewhere() -> None:
+    """Those that waited for their first token were offered to the next replica, and nobody ended them there."""
+
+    async def scenario() -> None:
+        script = lambda submission: [Failed(0, "not_ready", "The server stops.", 2.0)]  # noqa: E731
+        fleet = Fleet(a=FakeReplica(script=script), b=FakeReplica(script=script))
+        async with routed(fleet) as router:
+            for replica in fleet.replicas.values():
+                replica.gate.clear()
+            waiting = asyncio.create_task(ask(router))
+            await until(lambda: sum(len(r.submissions) for r in fleet.replicas.values()) == 1)
+            router.fail_running("not_ready", "The server stops.")
+            for replica in fleet.replicas.values():
+                replica.gate.set()
+            assert [e.code for e in await waiting if isinstance(e, Failed)] == ["not_ready"]
+            assert sum(len(r.submissions) for r in fleet.replicas.values()) == 1
+
+    run(scenario())
+
+
 def test_a_server_that_stops_ends_the_streams_of_every_replica() -> None:
     async def scenario() -> None:
         fleet = Fleet(a=FakeReplica(), b=FakeReplica())

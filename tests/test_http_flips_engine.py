@@ -199,6 +199,21 @@ async def test_a_retired_versions_bytes_are_seen_to_go(live: Live) -> None:
     live.check(await live.ask("spell", 6))
 
 
+async def test_a_retirement_waits_no_longer_than_its_deadline(live: Live) -> None:
+    live.shelf.publish("spell")
+    live.shelf.publish("spell")
+    body = {"model": "spell", "prompt": PROMPT, "max_tokens": 140, "temperature": 0, "ignore_eos": True, "stream": True}
+    running = asyncio.create_task(live.client.post("/v1/completions", json=body))
+    await live.begun(1)
+    live.shelf.flip("spell", 2)
+    told = await live.client.post("/v1/adapters/spell/versions/1/retire", json={"reason": "old", "deadline_s": 0.1})
+    assert told.json()["residency"]["tier"] == "gone"
+    ended = await running
+    assert '"adapter_unloaded"' in ended.text
+    assert ended.text.endswith("data: [DONE]\n\n")
+    live.check(await live.ask("spell", 6))
+
+
 async def test_a_revoked_version_leaves_the_engine_and_its_neighbours_run_on(live: Live) -> None:
     live.shelf.publish("spell")
     live.shelf.publish("other")

@@ -20,7 +20,7 @@ from secrets import token_hex
 
 import msgspec
 import structlog
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from serving.engine.lora import HostAdapter
 from serving.packed_file import Damaged, Stage, Target, read_header, read_packed, write_packed
@@ -30,6 +30,7 @@ _STAGED = ".staged-"
 _LEFTOVER_AGE_S = 600.0
 _BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own blocks are
 _COST_UNKNOWN_S = 0.1
+_LOCK_S = 10.0
 _COSTS_KEPT = 16384
 _log = structlog.get_logger()
 
@@ -59,7 +60,8 @@ class DiskTier:
     ) -> None:
         self._folder, self._target, self._stage, self._now = folder, target, stage, now
         self._tag = hashlib.sha256(msgspec.json.encode(target)).hexdigest()[:12]
-        self._lock = FileLock(folder / "lock")
+        # Another engine that was stopped amid a write keeps it: then we go on without this tier's writes.
+        self._lock = FileLock(folder / "lock", timeout=_LOCK_S)
         self._guard = threading.Lock()
         self._costs: OrderedDict[str, float] = OrderedDict()
         self.budget_bytes = budget_bytes
@@ -137,6 +139,8 @@ class DiskTier:
                         path.unlink()
             with self._lock:
                 self._make_room(0)
+        except Timeout:
+            _log.warning("disk_tier_busy")
         except OSError as error:
             _log.warning("disk_tier_off", error=error.strerror)
             self.budget_bytes = 0
@@ -188,15 +192,14 @@ class DiskTier:
 
     def _remove(self, path: Path) -> int:
         try:
-            with self._lock:
-                freed = path.stat().st_blocks * _BLOCK_BYTES
-                path.unlink()
-                self._booked(-1, -freed)
+            freed = path.lstat().st_blocks * _BLOCK_BYTES
+            path.unlink()
         except FileNotFoundError:
             return 0
         except OSError as error:
             _log.warning("disk_tier_undeletable", error=error.strerror)
             return 0
+        self._booked(-1, -freed)
         return freed
 
     def _booked(self, count: int, size: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from adapters.golden import GoldenRow
 from serving.disk_tier import DiskTier
@@ -221,6 +222,23 @@ def test_a_full_disk_costs_the_file_and_nothing_else(folder: Path, monkeypatch: 
     assert [p.name for p in folder.iterdir() if p.name != "lock"] == []
     tier.put(adapter_of(ONE), 0.1)
     assert tier.get(ONE) is not None
+
+
+def test_an_engine_that_hangs_amid_a_write_keeps_no_other_from_reading_or_healing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.disk_tier._LOCK_S", 0.01)
+    tier = disk_tier(folder)
+    tier.put(adapter_of(ONE), 0.1)
+    with FileLock(folder / "lock"):
+        tier.put(adapter_of(TWO), 0.1)
+        assert tier.get(ONE) is not None
+        only_file(folder).chmod(0o600)
+        only_file(folder).write_bytes(b"rot" * 1000)
+        assert tier.get(ONE) is None
+        assert (tier.healed, tier.count) == (1, 0)
+    tier.put(adapter_of(TWO), 0.1)
+    assert tier.get(TWO) is not None
 
 
 def test_an_unwritable_folder_turns_the_tier_off(tmp_path: Path) -> None:

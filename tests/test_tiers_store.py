@@ -140,6 +140,17 @@ def test_a_url_that_names_nothing_is_refused_without_its_password() -> None:
     assert "hunter2" not in str(refused.value)
 
 
+def test_the_option_counts_before_the_environment_and_a_path_holds_wherever_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAPLANE_STORE", "s3://bucket/prefix")
+    assert Home.find("home").store == "s3://bucket/prefix"
+    assert Home.find("home", "near").store == str(tmp_path / "near")
+    monkeypatch.delenv("LORAPLANE_STORE")
+    assert Home.find("home").store == ""
+
+
 def test_a_folder_that_cannot_be_written_to_is_refused_by_its_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigInvalid, match="LORAPLANE_STORE"):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from serving.engine.kv import MIN_SHARED, Copy, Lease, RowTable, Scope, shared_prefix
 from serving.engine.model import Decoder
-from serving.engine.plan import StepPlan, StepResult
-from serving.engine.request import Tokens
-from tests.engine_case import EngineCase, load_tiny
+from serving.engine.plan import Key, StepPlan, StepResult
+from serving.engine.request import Sampling, Submit, Tokens
+from tests.engine_case import Answer, EngineCase, load_tiny
+from tests.prefix_case import CacheRunner, interleave
 from tests.tiny_base import VOCAB
 
 SEED = 20261122
@@ -171,8 +174,7 @@ def test_a_row_to_be_scrubbed_is_scrubbed_before_a_prefix_is_copied_into_it(deco
 
 
 def test_a_copy_takes_exactly_the_prefix(decoder: Decoder) -> None:
-    from serving.engine.plan import NO_SLOT, Key, RowPlan
-    from serving.engine.request import Sampling
+    from serving.engine.plan import NO_SLOT, RowPlan
     from serving.engine.runner import DecoderRunner, make_slots
 
     runner = DecoderRunner(decoder, 2, make_slots(decoder, 1, 8))
@@ -204,3 +206,110 @@ class _Poison:
         if self._left == 0:
             return StepResult({row.row: Sampled(fault="planted") for row in plan.rows})
         return self._runner.run(plan)  # type: ignore[attr-defined,no-any-return]
+
+
+# -- A-04: prefix caches on = off, whatever shares the engine ----------------------------------------------------------
+
+
+def test_a04_ten_thousand_interleavings_answer_as_each_sequence_does_alone() -> None:
+    """Tenants, adapters, versions of one adapter and shared openings in every order, with cancels and faults.
+
+    Every answer equals what a pure function says of that sequence alone; every tenth interleaving runs without reuse
+    too, and says the same.
+    """
+    print(f"seeds {SEED} to {SEED + 9_999}")
+    answered = reuses = 0
+    for seed in range(SEED, SEED + 10_000):
+        outcome = interleave(seed, reuse=True)
+        assert outcome.wrong == [], f"seed {seed}"
+        answered += outcome.answered
+        reuses += outcome.reused
+        if seed % 10 == 0:
+            without = interleave(seed, reuse=False)
+            assert (without.wrong, without.reused) == ([], 0), f"seed {seed}"
+    print(f"{answered} answers, {reuses} prompt tokens reused")
+    assert answered > 30_000
+    assert reuses > 30_000
+
+
+@pytest.mark.parametrize("bug", ["tenant", "adapter", "version", "text", "scrub"])
+def test_a04_finds_a_prefix_that_is_not_ones_own(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    """Five ways to reuse what one must not, each planted: every one is found within 1,000 interleavings."""
+    if bug == "scrub":
+        monkeypatch.setattr(CacheRunner, "tidy", _without_copies)
+    elif bug == "text":
+        monkeypatch.setattr("serving.engine.kv.shared_prefix", _one_too_many)
+        monkeypatch.setattr("serving.engine.scheduler.shared_prefix", _one_too_many)
+    else:
+        _mangle(monkeypatch, bug)
+    found = sum(bool(interleave(seed, reuse=True).wrong) for seed in range(SEED, SEED + 1000))
+    print(f"seeds {SEED} to {SEED + 999}: {found} interleavings show it")
+    assert found
+
+
+def _mangle(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    """Let the rows forget a part of whose their content is."""
+    acquire, release = RowTable.acquire, RowTable.release
+
+    def forget(scope: Scope | None) -> Scope | None:
+        if scope is None:
+            return None
+        if bug == "tenant":
+            return Scope("", scope.adapter)
+        return Scope(scope.salt, None if bug == "adapter" else (scope.adapter or "").partition("@")[0])
+
+    monkeypatch.setattr(RowTable, "acquire", lambda self, scope=None, prompt=(): acquire(self, forget(scope), prompt))
+    monkeypatch.setattr(
+        RowTable, "release", lambda self, row, scope=None, tokens=(): release(self, row, forget(scope), tokens)
+    )
+
+
+def _without_copies(runner: CacheRunner, plan: StepPlan) -> None:
+    for row in plan.scrub:
+        runner._cache[row] = []
+
+
+def _one_too_many(left: Sequence[int], right: Sequence[int]) -> int:
+    shared = shared_prefix(left, right)
+    return shared if shared >= min(len(left), len(right)) else shared + 1
+
+
+def test_a04_holds_for_a_real_model(decoder: Decoder, tiny_adapters: list[Path]) -> None:
+    """The same on the tiny torch model: 15 interleavings, each with reuse and without."""
+    print(f"seeds {SEED} to {SEED + 14}")
+    saved = 0
+    for seed in range(SEED, SEED + 15):
+        rng = random.Random(seed)
+        openings = [prompt(rng, n) for n in (17, 40)]
+        asked = [
+            (
+                [*rng.choice(openings), *prompt(rng, rng.randrange(1, 6))],
+                rng.choice([None, *tiny_adapters[:2]]),
+                rng.choice(["", "other"]),
+                rng.randrange(3),
+            )
+            for _ in range(8)
+        ]
+
+        def answers(reuse: bool, asked: list[Any] = asked) -> tuple[list[list[int]], int]:
+            case = EngineCase(decoder, rows=3, slots=2, chunk=11, prefix_reuse=reuse)
+            keys: list[Key] = []
+            for ids, adapter, tenant, steps in asked:
+                key = Key((0, len(keys) + 1))
+                case.answers[key] = Answer()
+                settings = Sampling(max_tokens=4, temperature=0.0, ignore_eos=True)
+                name = None if adapter is None else str(adapter)
+                case.engine.submit(key, Submit(key[1], tuple(ids), settings, name, salt=tenant))
+                keys.append(key)
+                for _ in range(steps):
+                    case.step()
+            case.run()
+            return [case.answer(key) for key in keys], reused(case)
+
+        plain, none = answers(False)
+        found, some = answers(True)
+        assert found == plain, f"seed {seed}"
+        assert none == 0
+        saved += some
+    assert saved > 300
+    print(f"{saved} prompt tokens reused")

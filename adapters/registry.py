@@ -148,9 +148,10 @@ class Registry:
         """Check an adapter's files and make them the next version of `name`, durably.
 
         files: file name -> path or bytes; adapter_config.json and adapter_model.safetensors are needed,
-        prompt_format.json and golden_rows.json are read, others are ignored. base: name or digest; without it the config's own words or the
-        shapes decide. prompt_format: in place of the file's. facts: how it was made, plain JSON. The same content under
-        the same name is the version that is there. Raises AdapterRefused, InvalidRequest, BaseMissing, Conflict.
+        prompt_format.json and golden_rows.json are read, others are ignored. base: name or digest; without it the
+        config's own words or the shapes decide. prompt_format: in place of the file's. facts: how it was made, plain
+        JSON. The same content under the same name is the version that is there. Raises AdapterRefused, InvalidRequest,
+        BaseMissing, Conflict.
         """
         check_adapter_name(name)
         who, note = line(who, "who"), text(note, "note")

@@ -139,6 +139,7 @@ class SchedulerCase:
         self._tell(refused)
         for digest, placement in installs:
             self.installs += 1
+            assert self.host.bytes_of(digest), "placed without its tensors at hand"
             self._slots[placement.slot] = digest
         self.check_nobody_idles()
         plan = self.scheduler.plan()

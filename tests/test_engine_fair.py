@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from serving.engine import fair
 from serving.engine.fair import Counters, FairQueue
 from serving.engine.forecast import Forecast
+from serving.engine.kv import Scope
 from serving.engine.plan import Key
 from serving.engine.request import BASE_LANE, OTHER_LANES, Failed, Sampling, Submit
 from serving.engine.sequence import Sequence as Waiting
@@ -268,6 +269,82 @@ def test_pinned_slots_are_not_drained_and_count_as_slots_that_cannot_be_had() ->
     case.run()
     assert {case.asked[key].code for key in keys} == {"done"}
     assert not case.wrong
+
+
+def test_who_is_pinned_while_it_drains_is_drained_no_longer() -> None:
+    case = SchedulerCase(rows=4, slots=1, patience_s=0.1)
+    for number in range(40):
+        case.submit("a", tokens=7 + number % 5)
+    for _ in range(5):
+        case.step()
+    late = case.submit("b")
+    while not case.scheduler._admission._drains:
+        case.step()
+    case.slots.pin("a")
+    for _ in range(150):
+        case.step()
+    assert case.scheduler._admission._drains == {}
+    assert Counter(asked.code for asked in case.asked.values() if asked.endings) == {"done": 40}
+    case.slots.unpin("a")
+    case.run()
+    assert case.asked[late].code == "done"
+
+
+def test_a_slot_is_not_drained_for_one_whose_turn_comes_later() -> None:
+    """The only slot is asked for all the time by one that was given little; the other had a thousand tokens before."""
+    case = SchedulerCase(rows=4, slots=1, patience_s=0.1)
+    for adapter in ("heavy", "light"):
+        case.submit(adapter)
+        case.run()
+    queue = case.scheduler._admission.queue
+    queue.charge(Scope("", "heavy"), 1000)
+    rng = random.Random(SEED)
+
+    def step() -> None:
+        while case.scheduler.waiting_by().get("light", 0) < 8:
+            case.submit("light", tokens=rng.randint(10, 30))
+        case.step()
+
+    for _ in range(40):
+        step()
+    heavy, begun = case.submit("heavy"), case.steps
+    while case.asked[heavy].first is None:
+        step()
+        if case.scheduler._admission._drains:
+            assert queue.counters(Scope("", "light")) >= queue.counters(Scope("", "heavy"))
+        assert case.steps < begun + 1000, "starved"
+    assert case.steps > begun + 60
+
+
+def test_who_loses_its_slot_and_its_place_on_the_host_in_one_step_is_loaded_again() -> None:
+    """A waits for rows in a slot of its own, the host has let go of it; B takes the slot, for it has waited longest."""
+    case = SchedulerCase(rows=3, slots=1, patience_s=0.1, beams=True, host=FakeHost(keeps=1))
+    case.submit("a")
+    case.run()
+    rows = [case.submit(tokens=tokens) for tokens in (30, 30, 45)]
+    case.step()
+    asked = [case.submit("b"), case.submit("a"), case.submit("b")]
+    case.scheduler._admission.queue.charge(Scope("", "a"), 100)
+    for _ in range(10):
+        case.step()
+    lane = case.scheduler._admission.queue.lane(Scope("", "b"))
+    assert lane is not None
+    lane.blocked_since = 0.0
+    case.run()
+    assert {case.asked[key].code for key in (*rows, *asked)} == {"done"}
+    assert case.host.loads == ["a", "b", "a"]
+
+
+def test_answers_count_double_and_prompts_once() -> None:
+    """One row, two that always ask: what they are given is alike, whoever writes and whoever reads."""
+    case = SchedulerCase(rows=1, slots=2)
+    for _ in range(3000):
+        for adapter, prompt, tokens in (("writes", 4, 40), ("reads", 48, 3)):
+            if case.scheduler.waiting_by().get(adapter, 0) < 3:
+                case.submit(adapter, prompt=prompt, tokens=tokens)
+        case.step()
+    done = Counter(str(a.submit.adapter) for a in case.asked.values() if a.endings)
+    assert done["writes"] * (4 + 2 * 40) == pytest.approx(done["reads"] * (48 + 2 * 3), rel=0.05)
 
 
 def test_all_slots_pinned_refuses_who_has_none_at_once_and_evicts_nobody() -> None:

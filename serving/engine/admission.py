@@ -213,6 +213,10 @@ class Admission:
             if digest is not None:
                 if self._breaker.aside_s(digest, now):  # another of this very moment tries it out
                     continue
+                if not self._slots.holds(digest) and not self._loader.bytes_of(digest):
+                    # Its slot went to one who started just now, and the host has let go of it.
+                    self.queue.stand_back(lane)
+                    continue
                 if self._patient(lane, now):
                     spare = self._before(lane)
                 if digest in self._drains or not self._slots.can_have(digest, spare):

@@ -317,22 +317,24 @@ def test_a_slot_is_not_drained_for_one_whose_turn_comes_later() -> None:
 
 
 def test_who_loses_its_slot_and_its_place_on_the_host_in_one_step_is_loaded_again() -> None:
-    """A waits for rows in a slot of its own, the host has let go of it; B takes the slot, for it has waited longest."""
-    case = SchedulerCase(rows=3, slots=1, patience_s=0.1, beams=True, host=FakeHost(keeps=1))
-    case.submit("a")
-    case.run()
-    rows = [case.submit(tokens=tokens) for tokens in (30, 30, 45)]
+    """A waits for three rows; the host has let go of it, for it lies in a slot. The moment the rows come free X takes
+    that slot, having waited long enough, and B's can be had too: A was put there without its tensors at hand."""
+    case = SchedulerCase(rows=4, slots=2, patience_s=1000.0, beams=True, host=FakeHost(keeps=2))
+    for adapter in ("a", "b"):
+        case.submit(adapter)
+        case.run()
+    running = [case.submit(adapter, tokens=30) for adapter in ("b", None)]
     case.step()
-    asked = [case.submit("b"), case.submit("a"), case.submit("b")]
-    case.scheduler._admission.queue.charge(Scope("", "a"), 100)
-    for _ in range(10):
+    waiting = [case.submit("x"), case.submit("a", beams=3)]
+    while not all(case.asked[key].endings for key in running):
         case.step()
-    lane = case.scheduler._admission.queue.lane(Scope("", "b"))
+    lane = case.scheduler._admission.queue.lane(Scope("", "x"))
     assert lane is not None
-    lane.blocked_since = 0.0
+    assert not case.host.bytes_of("a")
+    lane.blocked_since = -1000.0
     case.run()
-    assert {case.asked[key].code for key in (*rows, *asked)} == {"done"}
-    assert case.host.loads == ["a", "b", "a"]
+    assert {case.asked[key].code for key in waiting} == {"done"}
+    assert case.host.loads == ["a", "b", "x", "a"]
 
 
 def test_answers_count_double_and_prompts_once() -> None:

@@ -564,7 +564,7 @@ async def test_A01_fifty_flips_under_five_hundred_streams(tmp_path: Path) -> Non
     async with cases[0].client() as one, cases[1].client() as two:
         crowds = [Crowd(client, rng) for client in (one, two)]
         streams = [asyncio.create_task(crowd.one()) for crowd in crowds for _ in range(250)]
-        await until(lambda: sum(c.engine.running for c in cases) == 500)
+        await until(lambda: sum(c.engine.running for c in cases) == 500, 120)
         digests = []
         for flip in range(1, 51):
             for gate in ticks:
@@ -609,7 +609,10 @@ class Child:
     url: str
 
     def ask(self, model: str = "summarize") -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 2})
+        return self.post("completions", {"model": model, "prompt": "x", "max_tokens": 2})
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=60)
 
 
 @contextmanager
@@ -663,9 +666,9 @@ def test_A03_a_revoked_version_is_refused_in_every_process(home: Home) -> None:
             answers = [gateway.ask().json()["adapter_digest"] for gateway in (first, second)]
             assert answers == [version.digest] * 2  # a flip by a third process is seen at once, too
         streams = [LongStream(gateway.url) for gateway in (first, second)]
-        assert all(stream.began.wait(30) for stream in streams)
+        assert all(stream.began.wait(60) for stream in streams)
         body = {"reason": "leaked data", "in_flight": "end"}
-        told = httpx.post(f"{first.url}/v1/adapters/summarize/versions/2/revoke", json=body, timeout=30)
+        told = first.post("adapters/summarize/versions/2/revoke", body)
         acknowledged = time.monotonic()
         assert told.status_code == 200
         refused = [gateway.ask() for gateway in (first, second)]
@@ -673,13 +676,12 @@ def test_A03_a_revoked_version_is_refused_in_every_process(home: Home) -> None:
         assert [error_body(answer)["code"] for answer in refused] == ["version_revoked"] * 2
         assert first.ask("summarize@1").status_code == 200
         for stream in streams:
-            stream.join(30)
+            stream.join(60)
             assert stream.last["error"]["code"] == "version_revoked"
         took = [f"{stream.at - acknowledged:.2f}" for stream in streams]
         print(f"refused in both {seconds:.3f} s after the acknowledgement; running streams ended after {took} s")
-        forced = {"version": 2, **FORCE}
-        again = httpx.post(f"{second.url}/v1/adapters/summarize/promote", json=forced)
+        again = second.post("adapters/summarize/promote", {"version": 2, **FORCE})
         assert error_body(again)["code"] == "version_revoked"
-        back = httpx.post(f"{second.url}/v1/adapters/summarize/rollback", json={"reason": "revoked"})
+        back = second.post("adapters/summarize/rollback", {"reason": "revoked"})
         assert back.json()["to_number"] == 1
         assert [gateway.ask().json()["adapter_version"] for gateway in (first, second)] == [1, 1]

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from typing import Any
 
 import structlog
 
@@ -27,6 +28,7 @@ _LOOK_S = 0.5
 _LOOK_SOON_S = 0.1  # while there is none at all
 # Heartbeats come twice a second: a replica that misses so many is not asked while others answer.
 _SILENT_S = 3.0
+_LET_GO_S = 60.0  # for so long replicas that come back are told what was unpinned without them
 _COPY_TTL_S = 60.0
 _COPY_REST_S = 2.0
 _ELSEWHERE = frozenset({QueueFull.code, AdapterCapacity.code, NotReady.code})
@@ -61,6 +63,7 @@ class Router:
         # What was asked of all replicas holds for those that come later: until when (seconds), and by digest.
         self._warm: dict[str, float] = {}
         self._pinned: set[str] = set()
+        self._let_go: dict[str, float] = {}
         self._copying: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._greeting: set[asyncio.Task[None]] = set()
 
@@ -138,8 +141,10 @@ class Router:
         held = digest in self._pinned
         if on:
             self._pinned.add(digest)
+            self._let_go.pop(digest, None)
         else:
             self._pinned.discard(digest)
+            self._let_go[digest] = self._now() + _LET_GO_S
         answer = await self._ask_all(lambda link: link.pin(digest, on))
         if on and not held and isinstance(answer, Failed):
             # One replica's slots are full, for instance: no half of a pin stays behind.
@@ -211,13 +216,16 @@ class Router:
                 member.greeted = False  # it was not asked what the others were asked meanwhile
             elif not member.greeted:
                 member.greeted = True
-                task = asyncio.get_running_loop().create_task(self._greet(member))
-                self._greeting.add(task)
-                task.add_done_callback(self._greeting.discard)
+                self._aside(self._greet(member))
             if not member.look():
                 member.ledger.lost()
                 if member.leaving:
                     self._forget(name, member)
+        self._let_go = {digest: until for digest, until in self._let_go.items() if until > self._now()}
+        for member in fresh:
+            pinned = member.ledger.beat.pinned if member.ledger.beat is not None else ()
+            for digest in [digest for digest in pinned if digest in self._let_go]:
+                self._aside(self._unpin(member, digest))
         members = {m.address.replica: m.ledger for m in fresh if not m.leaving}
         demand: dict[str, int] = {}
         for ledger in members.values():
@@ -275,6 +283,15 @@ class Router:
             member.task.cancel()
         if member.ledger.beat is not None:
             self._departed = last_words(b for b in (self._departed, member.ledger.beat) if b is not None)
+
+    def _aside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._greeting.add(task)
+        task.add_done_callback(self._greeting.discard)
+
+    async def _unpin(self, member: Member, digest: str) -> None:
+        """Tell a replica that was not there when the others were told. Nobody sees it in the sum of the heartbeats."""
+        await member.link.pin(digest, False)
 
     async def _greet(self, member: Member) -> None:
         """Ask of a newcomer what was asked of the others."""

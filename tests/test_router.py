@@ -632,6 +632,24 @@ def test_a_replica_that_dies_while_it_warms_does_not_spoil_the_answer_of_the_oth
     run(scenario())
 
 
+def test_a_replica_that_was_away_when_an_adapter_was_unpinned_lets_it_go_when_it_is_back() -> None:
+    """The simulator found it: a connection was broken for a moment when the unpin went round, the engine behind it kept
+    its pin, and the sum of the heartbeats, which tells what all have pinned, hid it: a slot was lost for good."""
+
+    async def scenario() -> None:
+        fleet = Fleet(a=FakeReplica(), b=FakeReplica())
+        async with routed(fleet) as router:
+            await router.pin(X, True)
+            fleet.replicas["b"].heartbeat_age = 4.0
+            await until(lambda: not router._members["b"].greeted)
+            await router.pin(X, False)
+            assert (fleet.replicas["a"].pinned, fleet.replicas["b"].pinned) == (set(), {X})
+            fleet.replicas["b"].heartbeat_age = 0.1
+            await until(lambda: fleet.replicas["b"].pinned == set())
+
+    run(scenario())
+
+
 def test_a_replica_that_hangs_is_not_waited_for_and_is_told_when_it_comes_back() -> None:
     async def scenario() -> None:
         fleet = Fleet(a=FakeReplica(), b=FakeReplica())

@@ -11,7 +11,7 @@ import structlog
 
 from adapters.canaries import CanaryReport, Figures, Split
 from adapters.errors import LoraplaneError
-from adapters.records import Move
+from adapters.records import Move, MoveAction
 from serving.tally import Tally
 
 WHO = "loraplane"  # who rolled back, in the history
@@ -33,14 +33,22 @@ Warm: TypeAlias = Callable[[str, int, float], Awaitable[object]]
 
 
 class CanaryKeeper:
-    """warm: makes a version ready for so many seconds.
+    """warm: makes a version ready for so many seconds. moved: hears of each roll-back, for metrics.
 
     gateway: tells this process's figures from others'; a restarted one counts anew under another name.
     """
 
-    def __init__(self, trials: Trials, tally: Tally, gateway: str = "", warm: Warm | None = None) -> None:
+    def __init__(
+        self,
+        trials: Trials,
+        tally: Tally,
+        gateway: str = "",
+        warm: Warm | None = None,
+        moved: Callable[[str], None] = lambda action: None,
+    ) -> None:
         self._trials, self._tally, self._warm = trials, tally, warm
         self._gateway = gateway or secrets.token_hex(8)
+        self._moved = moved
         self.rolled_back = 0
 
     async def tick(self) -> None:
@@ -63,6 +71,7 @@ class CanaryKeeper:
     async def _roll_back(self, split: Split, fault: str) -> None:
         if await asyncio.to_thread(lambda: self._trials.roll_back(split, who=WHO, reason=fault)) is not None:
             self.rolled_back += 1
+            self._moved(MoveAction.CANARY_ROLLBACK.value)
             number = 0 if split.canary is None else split.canary.number
             log.warning("canary_rolled_back", adapter=split.name, alias=split.alias, version=number, fault=fault)
 

@@ -35,7 +35,7 @@ from serving.keeper import CanaryKeeper
 from serving.link import Address
 from serving.prefetch import Prefetch
 from serving.replica_metrics import ReplicaCollector
-from serving.router import Router
+from serving.router import OneCopy, Router
 from serving.warden import Warden
 
 _SOCKETS = "loraplane-"
@@ -112,8 +112,8 @@ class Server:
         app = build_app(self._gateway, parts.registry, parts.settings, metrics)
         self._warden: Warden = app.state.services.warden
         warm = app.state.services.flips.warm
-        self._keeper = CanaryKeeper(parts.registry.canaries, self._gateway.tally, warm=warm)
-        self._prefetch = Prefetch(self._router, self._gateway.resolver.size_of)
+        self._keeper = CanaryKeeper(parts.registry.canaries, self._gateway.tally, warm=warm, moved=metrics.moved)
+        self._prefetch = Prefetch(OneCopy(self._router), self._gateway.resolver.size_of)
         self._gateway.audience.add(self._prefetch)
         self._http = _Uvicorn(uvicorn_config(app, parts.settings), self._on_signal)
         self._stopping = asyncio.Event()

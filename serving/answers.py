@@ -11,25 +11,10 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from adapters.errors import (
-    AdapterCapacity,
-    AdapterLoadFailed,
-    AdapterNumerics,
-    AdapterQuarantined,
-    AdapterUnloaded,
-    Cancelled,
-    DeadlineExceeded,
-    DeadlineUnreachable,
-    EngineFault,
-    EngineLost,
-    InvalidRequest,
-    LoraplaneError,
-    NotReady,
-    QueueFull,
-)
+from adapters.errors import DeadlineExceeded, EngineFault, EngineLost, LoraplaneError
 from serving.arms import Taken
-from serving.engine.breaker import Doubt
 from serving.engine.request import Event, Failed, Finished, FinishReason, PromptLogprobs, Timing, Tokens
+from serving.failures import FAULT, PLAIN, engine_error
 from serving.resolver import Weights
 from serving.text import AnswerText, Emission, TokenInfo
 from serving.timing import engine_s, server_timing, spans
@@ -307,7 +292,7 @@ class Answer:
             note = error
         except Exception:
             log.exception("engine_door_failed", request_id=self.head.id)
-            note = EngineFault(_FAULT, retry_after_s=None)
+            note = EngineFault(FAULT, retry_after_s=None)
         self._notes.put_nowait((sequence.index, note))
 
     def _settle(self, sequence: Track, note: Tokens | Finished) -> Piece | None:
@@ -346,63 +331,12 @@ class Answer:
         if isinstance(note, LoraplaneError):
             return note
         if isinstance(note, Failed):
-            if note.code not in _PLAIN:
+            if note.code not in PLAIN:
                 log.warning("engine_failed", request_id=self.head.id, code=note.code, message=note.message)
             return engine_error(note, self.head.weights.model)
         if isinstance(note, _Deadline):
             return DeadlineExceeded(f"The request was not complete within {self.head.deadline_s:g} seconds.")
         return EngineLost("The engine ended this request without an answer.")
-
-
-_FAULT = "The engine failed on this request."
-_DOUBTS: dict[str, str] = {
-    Doubt.NUMERICS: "it gave no finite numbers, again and again",
-    Doubt.SLOT_CONTENTS: "what lies in its slot is not what was put there",
-    Doubt.NO_EFFECT: "from its slot it changes nothing, and the base would answer under its name",
-    Doubt.GOLDEN_MISMATCH: "it does not answer its golden rows as it did when it was made",
-}
-_PLAIN = frozenset({QueueFull.code, AdapterCapacity.code, NotReady.code, DeadlineExceeded.code, Cancelled.code})
-
-
-def engine_error(failed: Failed, model: str) -> LoraplaneError:
-    """The typed error of an engine's failure.
-
-    Messages are our own, whatever the engine wrote: its text may name paths and internals, and belongs in the log.
-    """
-    hint = failed.retry_after_s
-    match failed.code:
-        case QueueFull.code:
-            return QueueFull("The engine's queue is full; try again in a moment.", hint or 1.0)
-        case AdapterCapacity.code:
-            return AdapterCapacity("Every adapter slot is in use; try again in a moment.", hint or 1.0)
-        case NotReady.code:
-            return NotReady("The engine or the server stops, or starts anew; send the request again.", hint or 2.0)
-        case EngineLost.code:
-            return EngineLost("The engine was lost while it worked on this request.", hint or 2.0)
-        case AdapterLoadFailed.code:
-            return AdapterLoadFailed(f"{model} could not be loaded.", hint)
-        case AdapterNumerics.code:
-            return AdapterNumerics(f"{model} gives no finite numbers for this prompt.", None)
-        case AdapterQuarantined.code:
-            reason = failed.message if failed.message in _DOUBTS else Doubt.NUMERICS.value
-            return AdapterQuarantined(
-                f"{model} is set aside ({reason}): {_DOUBTS[reason]}; try again later, or ask another version.",
-                hint,
-                reason,
-            )
-        case AdapterUnloaded.code:
-            return AdapterUnloaded(f"{model} was taken out of service; ask again, or ask another version.", hint)
-        case DeadlineExceeded.code if hint is not None:
-            why = "The server could not begin this request before its deadline; try again later, or give it more time."
-            return DeadlineUnreachable(why, hint)
-        case DeadlineExceeded.code:
-            return DeadlineExceeded("The request was not complete before its deadline.")
-        case Cancelled.code:
-            return Cancelled("The request was cancelled.")
-        case InvalidRequest.code | "context_length_exceeded":
-            return InvalidRequest("The engine refuses this request's size or settings.")
-        case _:
-            return EngineFault(_FAULT, hint)
 
 
 def _stop(sequence: Track) -> None:

@@ -19,8 +19,8 @@ from adapters.errors import AdapterLoadFailed, InvalidRequest, LoraplaneError, O
 from adapters.records import AdapterVersion, InFlight, ModelId, Move, Residency, Standing, Withdrawal
 from adapters.registry import Registry
 from adapters.standings import revoked
-from serving.answers import engine_error
 from serving.engine.request import Failed, Moved
+from serving.failures import engine_error
 from serving.gateway import Gateway
 from serving.warden import Warden
 

@@ -24,9 +24,9 @@ from adapters.errors import (
 )
 from adapters.prompts import Message
 from adapters.records import AdapterVersion, GenerationDefaults, PromptFormat, parse_model_id
-from serving.answers import engine_error
 from serving.commands import ChatCommand, CompletionCommand, Wishes
 from serving.engine.request import Failed, FinishReason
+from serving.failures import engine_error
 from serving.resolver import Resolver
 from tests.fakes import EOS, ByteTokenizer, FakeEngine, repeat_forever, say
 from tests.http_case import Case, make_case

@@ -10,13 +10,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 
 from serving.answers import Ended
-from serving.door import EngineDoor
 from serving.engine.demand import Demand
-from serving.engine.request import Failed, Heartbeat
+from serving.engine.request import Failed, Heartbeat, Moved
 
 LEAST = 2.0  # requests, those of two minutes ago counting half: one alone says nothing of the next
 MOST_AT_ONCE = 2
@@ -73,11 +73,19 @@ def choose(demand: Mapping[str, float], sizes: Mapping[str, int], room: Room, mo
     return chosen
 
 
+class Warmer(Protocol):
+    """What is asked of engines: their condition, and to have an adapter ready."""
+
+    @property
+    def heartbeat(self) -> Heartbeat | None: ...
+    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed: ...
+
+
 class Prefetch:
     """Watches what is asked for (serving.answers.Observer) and warms through one door. size_of: bytes by digest."""
 
     def __init__(
-        self, door: EngineDoor, size_of: Callable[[str], int | None], now: Callable[[], float] = time.monotonic
+        self, door: Warmer, size_of: Callable[[str], int | None], now: Callable[[], float] = time.monotonic
     ) -> None:
         self._door, self._size_of, self._now = door, size_of, now
         self._demand = Demand(now)

@@ -136,6 +136,11 @@ class Router:
             self._warm[digest] = max(until, self._warm.get(digest, until))
         return answer
 
+    async def warm_one(self, digest: str, ttl_s: float) -> Moved | Failed:
+        """Have an adapter on the one replica that would be asked for it next, and on no other."""
+        member = self._pick(digest, self._prefixes.marks("", digest, ()), 0, set())
+        return await member.link.warm(digest, ttl_s) if member is not None else _NO_REPLICA
+
     async def pin(self, digest: str, on: bool) -> Moved | Failed:
         """See EngineDoor: on every replica, and on those that come later."""
         held = digest in self._pinned
@@ -331,6 +336,22 @@ class Router:
             return failed[0] if failed else _NO_REPLICA
         slowest = max(moved, key=_seconds)
         return Moved(0, moved[0].digest, _farthest(moved), sum(a.bytes for a in moved), slowest.load)
+
+
+class OneCopy:
+    """A router for whoever wants an adapter ready somewhere, as a prediction does, and not on every replica."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    @property
+    def heartbeat(self) -> Heartbeat | None:
+        """All replicas together."""
+        return self._router.heartbeat
+
+    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+        """On one replica; see Router.warm_one."""
+        return await self._router.warm_one(digest, ttl_s)
 
 
 def _refused(failed: Failed) -> bool:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from adapters.errors import ConfigInvalid
 from serving.engine.request import Event, Failed, Finished, Heartbeat, Moved, Sampling, SetAsideState, SlotState, Tokens
 from serving.link import Address
-from serving.router import Router
+from serving.router import OneCopy, Router
 from serving.routing import DEVICE, EVICTABLE, FREE_SLOT, FULL, HOST, Candidate, Heat, Ledger, PrefixMemory, choose
 from serving.scaling import Scaling, scaling
 from serving.summing import together
@@ -588,6 +588,18 @@ def test_warm_pin_and_drop_reach_every_replica() -> None:
             assert isinstance(await router.drop(Z, 5.0), Moved)
             for replica in fleet.replicas.values():
                 assert (replica.warmed, replica.pinned, replica.dropped) == ({X: 60.0}, {Y}, [(Z, 5.0)])
+
+    run(scenario())
+
+
+def test_what_is_warmed_ahead_of_demand_is_warmed_on_one_replica_alone() -> None:
+    async def scenario() -> None:
+        fleet = Fleet(a=FakeReplica(), b=FakeReplica())
+        async with routed(fleet) as router:
+            assert isinstance(await OneCopy(router).warm(X, 30.0), Moved)
+            assert sorted(list(r.warmed) for r in fleet.replicas.values()) == [[], [X]]
+        async with routed(Fleet()) as router:
+            assert isinstance(await OneCopy(router).warm(X, 30.0), Failed)
 
     run(scenario())
 

@@ -154,24 +154,37 @@ def test_what_follows_a_name_out_of_the_folder_or_never_ends_is_not_read(folder:
     assert tier.get(ONE) is None
 
 
-def test_the_budget_holds_and_the_least_worth_goes_first(folder: Path) -> None:
-    """Of equal age what was quick to make goes before what was slow; what was read lately stays."""
+def test_the_budget_holds_and_what_is_cheap_to_make_goes_before_what_is_not(folder: Path) -> None:
+    """Eight files of one size and age, every other one slow to make; then room for four is asked for."""
     clock = [1000.0]
-    room = 4 * (16 << 10)
-    tier = disk_tier(folder, budget_bytes=room, now=lambda: clock[0])
-    costs = {digest_of(1): 5.0, digest_of(2): 0.1, digest_of(3): 5.0}
-    for digest, cost_s in costs.items():
-        tier.put(adapter_of(digest, 12 << 10), cost_s)
-        os.utime(tier._path(digest), (clock[0], clock[0]))
+    tier = disk_tier(folder, budget_bytes=130 << 10, now=lambda: clock[0])
+    for n in range(8):
+        tier.put(adapter_of(digest_of(n), 14 << 10), 5.0 if n % 2 else 0.1)
+    assert (tier.count, tier.evictions) == (8, 0)
+    for n in range(8):
+        os.utime(tier._path(digest_of(n)), (clock[0], clock[0]))
     clock[0] += 600.0
-    assert tier.get(digest_of(3)) is not None
-    tier.put(adapter_of(digest_of(4), 12 << 10), 1.0)
-    tier.put(adapter_of(digest_of(5), 12 << 10), 1.0)
-    kept = {n for n in range(1, 6) if tier.get(digest_of(n)) is not None}
-    assert 2 not in kept
-    assert {3, 5} <= kept
-    assert tier.bytes <= room
-    assert tier.evictions >= 1
+    for n in range(10, 14):
+        tier.put(adapter_of(digest_of(n), 14 << 10), 1.0)
+        os.utime(tier._path(digest_of(n)), (clock[0], clock[0]))
+    assert {n for n in range(14) if tier.bytes_of(digest_of(n))} == {1, 3, 5, 7, 10, 11, 12, 13}
+    assert (tier.count, tier.evictions) == (8, 4)
+    assert tier.bytes <= 130 << 10
+
+
+def test_what_was_read_lately_stays(folder: Path) -> None:
+    clock = [1000.0]
+    tier = disk_tier(folder, budget_bytes=66 << 10, now=lambda: clock[0])
+    for n in range(4):
+        tier.put(adapter_of(digest_of(n), 14 << 10), 0.5)
+        os.utime(tier._path(digest_of(n)), (clock[0], clock[0]))
+    clock[0] += 600.0
+    assert tier.get(digest_of(2)) is not None
+    clock[0] += 10.0
+    for n in range(10, 13):
+        tier.put(adapter_of(digest_of(n), 14 << 10), 0.5)
+        os.utime(tier._path(digest_of(n)), (clock[0], clock[0]))
+    assert {n for n in range(14) if tier.bytes_of(digest_of(n))} == {2, 10, 11, 12}
 
 
 def test_more_than_the_budget_or_no_budget_keeps_nothing(folder: Path) -> None:

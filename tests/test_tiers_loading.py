@@ -254,14 +254,39 @@ def test_the_popular_the_small_and_the_slow_to_load_stay() -> None:
     assert not set(case.tier.digests()) & {unasked, large}
 
 
+def slowly(case: TierCase) -> TierCase:
+    """The same, with loads that take a second: what is quick to have again is worth nothing."""
+
+    def read(digest: str) -> HostAdapter:
+        case.time += 1.0
+        return adapter_of(digest)
+
+    case._read = read
+    return case
+
+
 def test_what_somebody_waits_for_goes_last() -> None:
-    case = TierCase(budget_bytes=2 * 4096)
+    case = slowly(TierCase(budget_bytes=2 * 4096))
     case.load(ONE)
     case.tier.take(ONE)
     for _ in range(100):
         case.tier.demand.note(ONE)
     case.load(TWO, THREE)
     assert set(case.tier.digests()) == {TWO, THREE}
+
+
+def test_what_is_kept_stays_whatever_comes() -> None:
+    case = slowly(TierCase(budget_bytes=2 * 4096))
+    case.load(ONE)
+    assert case.tier.keep(ONE)
+    for n in range(10, 30):
+        case.tier.demand.note(digest_of(n))
+        assert case.load(digest_of(n)) == [Load.READY]
+        case.time += 60.0
+    assert case.tier.want(ONE).load is Load.READY
+    case.tier.release(ONE)
+    case.load(TWO, THREE)
+    assert ONE not in case.tier.digests()
 
 
 def test_an_adapter_larger_than_the_budget_is_served_alone() -> None:

@@ -175,6 +175,7 @@ class SchedulerCase:
             if not self.rows.free or not ready:
                 continue
             spare = admission._before(lane) if admission._patient(lane, self.now) else awaited
+            spare -= set(admission._drains)
             if adapter is not None and (adapter in admission._drains or not self.slots.can_have(adapter, spare)):
                 continue
             assert lane.head.width > self.rows.free, f"{lane.scope} could run"

@@ -337,6 +337,19 @@ def test_who_loses_its_slot_and_its_place_on_the_host_in_one_step_is_loaded_agai
     assert case.host.loads == ["a", "b", "x", "a"]
 
 
+def test_a_slot_that_drained_is_had_though_turns_have_changed_meanwhile() -> None:
+    """B's slot drained for D; then B's turn came before D's again, each waited for the other, and nobody ran."""
+    case = SchedulerCase(rows=6, slots=1, queue_limit=1, patience_s=0.2, beams=True, host=FakeHost(keeps=3))
+    gone = case.submit(tokens=1)
+    case.submit("b", tenant="t", beams=6, tokens=3)
+    for adapter, tokens in (("c", 7), (None, 7), ("b", 9), ("d", 1)):
+        case.submit(adapter, tokens=tokens)
+    case.cancel(gone)
+    case.submit("a", tokens=1)
+    case.submit("b", tenant="t", tokens=1)
+    case.run(most=200)
+
+
 def test_answers_count_double_and_prompts_once() -> None:
     """One row, two that always ask: what they are given is alike, whoever writes and whoever reads."""
     case = SchedulerCase(rows=1, slots=2)

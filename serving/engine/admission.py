@@ -218,7 +218,7 @@ class Admission:
                     self.queue.stand_back(lane)
                     continue
                 if self._patient(lane, now):
-                    spare = self._before(lane)
+                    spare = self._before(lane) - set(self._drains)
                 if digest in self._drains or not self._slots.can_have(digest, spare):
                     self._block(lane, digest, running, now)
                     continue
@@ -227,9 +227,8 @@ class Admission:
             self.queue.remove(sequence.key)
             lane.blocked_since = None
             yield sequence, None if digest is None else self._slots.acquire(digest, spare)
-            if lane.waiting:
-                lanes.append(lane)
-            lanes.sort(key=self.queue.rank)
+            # Counters moved, and another tenant's adapter may lie in a slot now: all from the first again.
+            lanes = self.queue.in_turn()
 
     def _patient(self, lane: Lane, now: float) -> bool:
         return lane.blocked_since is not None and now - lane.blocked_since >= self._patience_s

@@ -80,7 +80,7 @@ def address(server: LinkServer, **changes: Any) -> Address:
 
 def test_a_sequence_goes_and_comes_over_tcp(server: LinkServer) -> None:
     events = asyncio.run(ask(address(server)))
-    assert [e.ids for e in events if isinstance(e, Tokens)] == [(5, 6, 7)]
+    assert [e.ids for e in events if isinstance(e, Tokens)] == [(5, 6, 7)], events
     assert isinstance(events[-1], Finished)
 
 

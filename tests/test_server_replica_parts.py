@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 import typer
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -48,6 +49,7 @@ def with_free_port() -> str:
 )
 def test_options_that_cannot_be_are_refused_before_anything_starts(wrong: list[str], told: str, tmp_path: Path) -> None:
     ended = CliRunner().invoke(SERVE, ["--home", str(tmp_path / "home"), "--port", "0", *wrong])
+    structlog.reset_defaults()  # `serve` logs to the runner's stderr, which is closed by now
     assert isinstance(ended.exception, ConfigInvalid)
     assert told in str(ended.exception)
     assert len(str(ended.exception)) < 300

@@ -98,17 +98,17 @@ class FakeSide:
 
     def drive(self, clients: Clients) -> Round:
         assert self._running
-        self._log.append(f"{self.name}:{clients[0][0].max_tokens}")
+        self._log.append(f"{self.name}:{len(clients[0])}")
         return Round((answered(0.0, 1.0, 2.0),))
 
 
-def test_sides_take_turns_paused_in_between_and_the_warm_up_does_not_count(prompter: Prompter) -> None:
+def test_sides_take_turns_paused_in_between_and_what_warms_them_up_does_not_count(prompter: Prompter) -> None:
     log: list[str] = []
     sides = [FakeSide("a", log), FakeSide("b", log)]
     made = take_turns(
-        [(Workload("base", (0,)), sides)], prompter, rounds=2, requests=1, say=lambda _: None, settle_s=0.0
+        [(Workload("base", (0,)), sides)], prompter, rounds=2, requests=3, say=lambda _: None, settle_s=0.0
     )
-    assert log == ["b:8", "a:8", "a:64", "b:64", "b:64", "a:64"]
+    assert log == ["a:1", "a:3", "b:1", "b:3", "b:1", "b:3", "a:1", "a:3"]
     assert [(f.side, f.rounds) for f in made] == [("a", 2), ("b", 2)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from adapters.prompts import Renderer
 from loadtests import prefill_stall
-from loadtests.bench_home import Base, Furnished, furnish, random_base
+from loadtests.bench_home import Base, Furnished, furnish, pick_base, random_base
 from loadtests.bench_http import SERVED, added_ttft, edge_cost, told
 from loadtests.bench_shell import BenchFailed
 from loadtests.closed_loop import (
@@ -240,3 +241,8 @@ def test_a_paused_process_computes_nothing_until_it_is_resumed() -> None:
             pass
         child.pause()
     assert not child.running
+
+
+def test_a_base_that_is_not_there_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(BenchFailed, match=r"nosuch: no base lies there"):
+        pick_base(argparse.Namespace(base=tmp_path / "nosuch", home=None), tmp_path)

@@ -109,7 +109,7 @@ class ContextLengthExceeded(InvalidRequest):
     def __init__(
         self, prompt_tokens: int, max_tokens: int, limit: int, param: str = "messages", *, encoder: bool = False
     ) -> None:
-        if encoder:
+        if encoder or prompt_tokens > limit:
             rest = ". Shorten the prompt."
         elif max_tokens and prompt_tokens < limit:
             rest = f" and {max_tokens} more were asked for. Shorten the prompt or lower max_tokens."

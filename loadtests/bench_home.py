@@ -77,8 +77,13 @@ class Furnished:
 
 
 def pick_base(options: argparse.Namespace, scratch: Path) -> Base:
-    """The folder that was named, else the home's base, else a random one made in `scratch`."""
+    """The folder that was named, else the home's base, else a random one made in `scratch`.
+
+    Raises BenchFailed when the folder named holds no base.
+    """
     if options.base is not None:
+        if not (options.base / "config.json").is_file():
+            raise BenchFailed(f"--base {options.base}: no base lies there; name the folder that holds its config.json")
         return Base(options.base.resolve().name, options.base.resolve())
     home = Home.find(options.home)
     door = open_door(home)

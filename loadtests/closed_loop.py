@@ -322,21 +322,20 @@ def take_turns(
 ) -> list[LoopFigure]:
     """Measure every side on its workloads, the sides of a workload taking turns, all others paused.
 
-    pairs: a workload and the sides that it is for. A first, shorter round warms a side up on a workload and does not
-    count. Every side comes paused and is left paused. settle_s: for what ran before to come to rest.
+    pairs: a workload and the sides that it is for. A request of each client goes before every round and does not count:
+    what was paused lies no longer in the caches, and an idle machine may have taken its memory back. Every side comes
+    paused and is left paused. settle_s: for what ran before to come to rest.
     """
     found: dict[tuple[str, str], list[Round]] = {}
-    for turn in range(rounds + 1):
+    for turn in range(rounds):
         for workload, sides in pairs:
             # The order changes from round to round, so that no side always follows the same other.
-            for side in sides if turn % 2 else tuple(reversed(sides)):
-                say(f"{workload.name}: {side.name}, {f'round {turn} of {rounds}' if turn else 'warm-up'}")
+            for side in tuple(reversed(sides)) if turn % 2 else sides:
+                say(f"{workload.name}: {side.name}, round {turn + 1} of {rounds}")
                 side.resume()
                 time.sleep(settle_s)
-                if turn:
-                    clients = prompter.clients(workload, requests)
-                    found.setdefault((workload.name, side.name), []).append(side.drive(clients))
-                else:
-                    side.drive(prompter.clients(workload, 1, max_tokens=8))
+                side.drive(prompter.clients(workload, 1))
+                measured = side.drive(prompter.clients(workload, requests))
+                found.setdefault((workload.name, side.name), []).append(measured)
                 side.pause()
     return [loop_figure(workload, side, some) for (workload, side), some in found.items()]

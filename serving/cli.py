@@ -8,6 +8,7 @@ import typer
 
 from adapters.options import HomeOption
 from adapters.records import BASE_ID
+from adapters.weights import MAX_RANK
 
 
 def serve(
@@ -27,7 +28,7 @@ def serve(
     max_model_len: Annotated[int, typer.Option(min=16, help="Longest prompt and answer together, in tokens.")] = 2048,
     max_rows: Annotated[int, typer.Option(min=1, help="Sequences that run at the same time.")] = 16,
     slots: Annotated[int, typer.Option(min=1, help="Adapters that lie on the device at the same time.")] = 16,
-    max_rank: Annotated[int, typer.Option(min=1, help="Highest LoRA rank that is loaded.")] = 64,
+    max_rank: Annotated[int, typer.Option(min=1, max=MAX_RANK, help="Highest LoRA rank that is loaded.")] = MAX_RANK,
     host_mib: Annotated[int, typer.Option(min=1, help="Host memory for adapters, in MiB.")] = 2048,
     disk_mib: Annotated[
         int, typer.Option(min=0, help="Disk for adapters as they are installed, in MiB; 0: none.")

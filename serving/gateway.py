@@ -367,6 +367,9 @@ def _check_beams(wishes: Wishes, facts: EngineFacts) -> None:
         raise InvalidRequest("Beam search gives one answer, the best; set n to 1.", "n")
     if wishes.temperature:
         raise InvalidRequest("Beam search draws nothing; leave temperature out, or set it to 0.", "temperature")
+    for name, drawn in (("top_p", wishes.top_p not in (None, 1)), ("top_k", wishes.top_k > 0), ("min_p", wishes.min_p)):
+        if drawn:
+            raise InvalidRequest(f"Beam search draws nothing; leave {name} out.", name)
     if wishes.logprobs is not None:
         raise UnsupportedParameter("Beam search tells no log-probabilities; leave logprobs out.", "logprobs")
 

@@ -125,7 +125,9 @@ async def test_nothing_new_without_the_prompt_is_refused(client: httpx.AsyncClie
 async def test_a_prompt_that_fills_the_context_can_be_scored(client: httpx.AsyncClient) -> None:
     for length, status in ((256, 200), (257, 400)):
         body = {"model": "base", "prompt": [97] * length, "echo": True, "logprobs": 0, "max_tokens": 0}
-        assert (await client.post(COMPLETIONS, json=body)).status_code == status
+        answer = await client.post(COMPLETIONS, json=body)
+        assert answer.status_code == status
+    assert error_body(answer)["message"].endswith("the prompt has 257. Shorten the prompt.")
 
 
 async def test_beams_are_refused_where_the_base_has_none(client: httpx.AsyncClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from adapters.prompts import Renderer
 from loadtests import prefill_stall
-from loadtests.bench_home import Base, Furnished, furnish, random_base
+from loadtests.bench_home import Base, Furnished, furnish, pick_base, random_base
 from loadtests.bench_http import SERVED, added_ttft, edge_cost, told
 from loadtests.bench_shell import BenchFailed
 from loadtests.closed_loop import (
@@ -98,17 +99,17 @@ class FakeSide:
 
     def drive(self, clients: Clients) -> Round:
         assert self._running
-        self._log.append(f"{self.name}:{clients[0][0].max_tokens}")
+        self._log.append(f"{self.name}:{len(clients[0])}")
         return Round((answered(0.0, 1.0, 2.0),))
 
 
-def test_sides_take_turns_paused_in_between_and_the_warm_up_does_not_count(prompter: Prompter) -> None:
+def test_sides_take_turns_paused_in_between_and_what_warms_them_up_does_not_count(prompter: Prompter) -> None:
     log: list[str] = []
     sides = [FakeSide("a", log), FakeSide("b", log)]
     made = take_turns(
-        [(Workload("base", (0,)), sides)], prompter, rounds=2, requests=1, say=lambda _: None, settle_s=0.0
+        [(Workload("base", (0,)), sides)], prompter, rounds=2, requests=3, say=lambda _: None, settle_s=0.0
     )
-    assert log == ["b:8", "a:8", "a:64", "b:64", "b:64", "a:64"]
+    assert log == ["a:1", "a:3", "b:1", "b:3", "b:1", "b:3", "a:1", "a:3"]
     assert [(f.side, f.rounds) for f in made] == [("a", 2), ("b", 2)]
 
 
@@ -240,3 +241,8 @@ def test_a_paused_process_computes_nothing_until_it_is_resumed() -> None:
             pass
         child.pause()
     assert not child.running
+
+
+def test_a_base_that_is_not_there_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(BenchFailed, match=r"nosuch: no base lies there"):
+        pick_base(argparse.Namespace(base=tmp_path / "nosuch", home=None), tmp_path)

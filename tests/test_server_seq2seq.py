@@ -127,6 +127,9 @@ def test_a_beam_search_answers_as_transformers_does_and_says_what_it_cannot(
         for more, param in (
             ({"n": 2}, "n"),
             ({"temperature": 0.5}, "temperature"),
+            ({"top_p": 0.5}, "top_p"),
+            ({"top_k": 3}, "top_k"),
+            ({"min_p": 0.1}, "min_p"),
             ({"logprobs": 1}, "logprobs"),
             ({"num_beams": 64}, "num_beams"),
         ):

@@ -74,6 +74,7 @@ async def _prepared(
 
 async def _side(gateway: Gateway, answer: Answer, started: float) -> Side:
     choice, error = None, None
+    gateway.runs(answer)  # a revocation is to reach it as it does any other
     try:
         await answer.begin()
         (choice,) = await answer.collect()

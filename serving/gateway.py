@@ -147,20 +147,24 @@ class Gateway:
     async def _admitted(self, wishes: Wishes, make: Make, started: float, target: Target | None = None) -> Answer:
         """An answer that counts as in flight until it is closed; without a target the id is resolved, once."""
         self.admission.enter()
-        number = next(self._numbers)
-
-        def leave() -> None:
-            self._running.pop(number, None)
-            self.admission.leave()
-
         try:
             answer = await make(target or await self.resolver.resolve(wishes.model, _lot(wishes)), started)
         except BaseException:
-            leave()
+            self.admission.leave()
             raise
-        answer.on_close = leave
-        self._running[number] = answer
+        self.runs(answer, self.admission.leave)
         return answer
+
+    def runs(self, answer: Answer, over: Callable[[], None] = lambda: None) -> None:
+        """Let `end` reach an answer until it is closed; then `over` is called."""
+        number = next(self._numbers)
+        self._running[number] = answer
+
+        def closed() -> None:
+            del self._running[number]
+            over()
+
+        answer.on_close = closed
 
     async def render(self, command: ChatCommand, fmt: PromptFormat) -> list[int]:
         """Token ids of a conversation; long ones are rendered off the event loop."""

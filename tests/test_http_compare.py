@@ -13,7 +13,7 @@ import pytest
 
 from adapters.canaries import Arm, CanaryLimits, Sticky
 from adapters.cli import run
-from adapters.errors import Conflict, RecordNotFound
+from adapters.errors import Conflict, InvalidRequest, RecordNotFound
 from adapters.http_door import HttpDoor
 from adapters.records import PromptFormat
 from serving.api.compare import Comparison
@@ -110,6 +110,23 @@ async def test_one_that_fails_fails_alone_and_all_that_fail_are_an_error(case: C
     answer = await client.post("/v1/compare", json=ASK)
     assert (answer.status_code, error_body(answer)["code"]) == (503, "adapter_numerics")
     assert (case.engine.running, case.gateway.admission.inflight) == (0, 0)
+
+
+async def test_a_revocation_ends_the_side_that_it_is_about(case: Case, client: httpx.AsyncClient) -> None:
+    case.engine.script = lambda s: b"on and on " * 500
+    case.engine.pause_s = 0.01
+    asked = asyncio.create_task(client.post("/v1/compare", json={**ASK, "max_tokens": 100}))
+    async with asyncio.timeout(20):
+        while sum(s.sent > 2 for s in case.engine.submissions) < 3:
+            await asyncio.sleep(0.01)
+    body = {"reason": "leaked data", "in_flight": "end"}
+    assert (await client.post("/v1/adapters/sum/versions/2/revoke", json=body)).status_code == 200
+    told = (await asked).json()["data"]
+    assert [side["error"] and side["error"]["code"] for side in told] == [None, None, "version_revoked"]
+    assert "leaked data" in told[2]["error"]["message"]
+    assert [side["usage"] and side["usage"]["completion_tokens"] for side in told] == [100, 100, None]
+    assert (case.engine.running, case.gateway.admission.inflight) == (0, 0)
+    assert case.gateway.end({case.registry.resolve("sum@1").digest or "": InvalidRequest("x")}) == 0
 
 
 @pytest.mark.parametrize(

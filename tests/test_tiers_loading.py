@@ -334,6 +334,23 @@ def test_a_load_that_was_dropped_under_way_comes_to_nothing_and_a_new_one_counts
     assert shelf.dropped == [ONE]
 
 
+def test_what_a_dropped_load_has_brought_is_given_to_nobody() -> None:
+    """Nor does another load that is under way get it, nor the next one of the same adapter: a drop may be for doubt."""
+    case = TierCase()
+    case.tier.want(ONE)
+    case.workers.run()  # its result is there, and not yet taken in
+    case.tier.drop(ONE)
+    case.tier.want(TWO)
+    case.tier.want(ONE)
+    case.tier.poll()
+    assert [case.tier.want(digest).load for digest in (ONE, TWO)] == [Load.LOADING] * 2
+    assert case.tier.digests() == ()
+    case.settle()
+    assert [case.tier.take(digest)[0].digest for digest in (ONE, TWO)] == [ONE, TWO]
+    assert sorted(case.reads) == [ONE, ONE, TWO]
+    assert case.idle()
+
+
 def test_each_part_of_a_load_is_timed_and_counted_by_source() -> None:
     case = TierCase()
 

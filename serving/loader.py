@@ -210,6 +210,11 @@ class HostTier:
             return "host"
         return DISK if self.below.bytes_of(digest) else STORE
 
+    def brought(self, digest: str) -> LoadTimes | None:
+        """What the load took that brought an adapter here; None when it is not on the host. Starts nothing."""
+        held = self._held.get(digest)
+        return None if held is None else held.times
+
     def take(self, digest: str) -> tuple[HostAdapter, LoadTimes]:
         """An adapter that `want` called READY, and what its load took, which is told once. Raises KeyError."""
         held = self._held[digest]

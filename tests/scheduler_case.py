@@ -10,7 +10,7 @@ from serving.engine.beams import Candidate
 from serving.engine.kv import RowTable
 from serving.engine.limits import Limits
 from serving.engine.plan import Key, Load, LoadState, Outgoing, RowPlan, Sampled, StepPlan, StepResult
-from serving.engine.request import Event, Failed, Finished, Sampling, Submit, Tokens
+from serving.engine.request import Event, Failed, Finished, LoadTimes, Sampling, Submit, Tokens
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import SlotTable
 
@@ -52,6 +52,9 @@ class FakeHost:
 
     def source_of(self, digest: str) -> str:
         return "host" if digest in self._held else "store"
+
+    def brought(self, digest: str) -> LoadTimes | None:
+        return LoadTimes("store") if digest in self._held else None
 
     def poll(self) -> None:
         for digest in [d for d, due in self._due.items() if due <= self.now]:

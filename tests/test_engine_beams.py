@@ -42,6 +42,9 @@ class Loaded:
     def source_of(self, digest: str) -> str:
         return "host"
 
+    def brought(self, digest: str) -> None:
+        return None
+
 
 class Search:
     """Scheduler and runner of one encoder-decoder, stepped by hand. Adapters are named by their folders."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from adapters.errors import AdapterLoadFailed
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.plan import Key
-from serving.engine.request import Drop, Failed, Finished, Moved, Pin, Unpin, Warm
+from serving.engine.request import Drop, Failed, Finished, Keep, Moved, Pin, Timing, Tokens, Unpin, Warm
 from tests.engine_case import EngineCase, load_tiny, read_peft
 from tests.test_engine_link import Replica, connected, replica
 
@@ -114,6 +115,49 @@ def test_an_unpin_overtakes_the_pin_that_still_waits_for_its_load(decoder: Decod
     case.answer(case.submit(PROMPT, tiny_adapters[0]))
     assert case.slots.pinned == ()
     case.answer(case.submit(PROMPT, tiny_adapters[1]))
+
+
+def timing_of(case: EngineCase, key: Key) -> Timing:
+    """What an answer says of where its time went."""
+    return next(e.timing for e in case.answers[key].events if isinstance(e, Tokens) and e.timing)
+
+
+@pytest.mark.parametrize("kind", [partial(Warm, ttl_s=TTL_S), partial(Pin, deadline_s=30.0)], ids=["warm", "pin"])
+def test_who_waited_for_a_load_says_so_though_a_wish_took_it_into_the_slot(
+    decoder: Decoder, tiny_adapters: list[Path], kind: Callable[..., Keep]
+) -> None:
+    """Five hundred first requests for one cold adapter, which the prefetch warmed on the way, called themselves
+    `device` after six seconds of waiting for the store."""
+    go = threading.Event()
+
+    def read(digest: str) -> HostAdapter:
+        go.wait(30)
+        return read_peft(Path(digest))
+
+    case = EngineCase(decoder, read=read)
+    waits = case.submit(PROMPT, tiny_adapters[0])
+    case.step()
+    wish = case.keep(partial(kind, digest=str(tiny_adapters[0])))
+    case.step()
+    go.set()
+    case.answer(waits)
+    timing = timing_of(case, waits)
+    assert isinstance(case.told[wish], Moved)
+    assert timing.source == "store"
+    assert timing.load is not None
+    assert timing.load.bytes > 0
+
+
+def test_who_finds_a_warmed_adapter_on_the_host_waited_for_no_load(decoder: Decoder, tiny_adapters: list[Path]) -> None:
+    case = EngineCase(decoder, slots=1)
+    case.answer(case.submit(PROMPT, tiny_adapters[0]))
+    told = warm(case, tiny_adapters[1])
+    assert isinstance(told, Moved)
+    assert told.tier == "host"
+    late = case.submit(PROMPT, tiny_adapters[1])
+    case.answer(late)
+    timing = timing_of(case, late)
+    assert (timing.source, timing.load) == ("host", None)
 
 
 def test_a_pin_that_gets_no_slot_in_its_time_is_refused(decoder: Decoder, tiny_adapters: list[Path]) -> None:

@@ -131,7 +131,7 @@ class Admission:
                 for sequence in list(lane.waiting.values()):
                     self._end(sequence, self._set_aside(sequence, aside))
             elif digest is None or self._slots.holds(digest):
-                self._loaded(lane, now)
+                self._loaded(lane, digest, now)
             else:
                 missing.append((lane, digest))
         missing.sort(key=lambda at: self.queue.rank(at[0]))
@@ -180,26 +180,33 @@ class Admission:
             return
         if lane.loading_since is None:
             lane.loading_since = now
+            for sequence in lane.waiting.values():  # also of those who could have run, before it was let go
+                sequence.loaded_at = None
 
     def _take_up(self, lane: Lane, digest: str, now: float) -> None:
         """The lane's adapter is on the host: what waits for it could run."""
         state = self._loader.want(digest)
-        for sequence in lane.waiting.values():
-            sequence.source, sequence.load = state.source, state.times or sequence.load
         size = self._sizes[digest] = self._usual_size = self._loader.bytes_of(digest)
         self._sizes.move_to_end(digest)
         if len(self._sizes) > KNOWN_SIZES:
             self._sizes.popitem(last=False)
         if lane.loading_since is not None:
             self.forecast.loaded(state.source, size, now - lane.loading_since)
-        self._loaded(lane, now)
+        for sequence in lane.waiting.values():
+            if sequence.source == "device":  # it has come since, or its adapter has left the slot
+                sequence.source = "host"
+        self._loaded(lane, digest, now)
 
-    def _loaded(self, lane: Lane, now: float) -> None:
+    def _loaded(self, lane: Lane, digest: str | None, now: float) -> None:
         self.queue.step_up(lane)
         for sequence in reversed(lane.waiting.values()):
             if sequence.loaded_at is not None:
                 break
             sequence.loaded_at = now
+            # Who came before this step waited for the load, whoever else asked for it; who comes now finds it done.
+            times = self._loader.brought(digest) if digest is not None and sequence.arrived_at < now else None
+            if times is not None:
+                sequence.source, sequence.load = times.source, times
 
     def starts(self, running: Collection[Sequence], now: float) -> Iterator[tuple[Sequence, Placement | None]]:
         """Those who start now, in their turns, each with its lease. The caller takes rows for one, and charges it,

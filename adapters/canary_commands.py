@@ -42,12 +42,14 @@ ToOption = Annotated[int, typer.Option("--to", min=1, help="The version that is 
 canary = typer.Typer(
     cls=_SetByDefault,
     no_args_is_help=True,
-    help="Let a version answer some of an alias's requests; it is rolled back on errors, latency or quality.",
+    help="Let a version answer some of an alias's requests; it is rolled back on errors, latency or quality.\n\n"
+    "Example: loraplane canary summarize --to 4 --percent 10 (set may be left out)",
 )
 shadow = typer.Typer(
     cls=_SetByDefault,
     no_args_is_help=True,
-    help="Let a version compute some of an alias's requests beside the live answer, never shown.",
+    help="Let a version compute some of an alias's requests beside the live answer, never shown.\n\n"
+    "Example: loraplane shadow summarize --to 4 --percent 5 (set may be left out)",
 )
 
 

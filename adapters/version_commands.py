@@ -13,7 +13,7 @@ from adapters.screen import say, show_json, size
 from adapters.wire import alias_to_json, residency_to_json, standing_to_json, withdrawal_to_json
 
 VersionArgument = Annotated[str, typer.Argument(metavar="NAME@N", help="The version.")]
-NeededReason = Annotated[str, typer.Option("--reason", help="Why; it is kept in the history, and callers are told.")]
+ToldReason = Annotated[str, typer.Option("--reason", help="Why; it is kept in the history, and callers are told.")]
 
 
 def warm(
@@ -57,7 +57,7 @@ def unpin(model: VersionArgument, home: HomeOption = None, url: UrlOption = None
 
 def retire(
     model: VersionArgument,
-    reason: ReasonOption = "",
+    reason: ToldReason = "",
     deadline: Annotated[
         float | None,
         typer.Option("--deadline", min=0, max=240, help="Seconds that running answers get; the server's own: 30."),
@@ -80,7 +80,7 @@ def retire(
 
 def revoke(
     model: VersionArgument,
-    reason: NeededReason = "",
+    reason: ToldReason = "",
     in_flight: Annotated[
         str, typer.Option("--in-flight", metavar="finish|end", help="What becomes of running answers.")
     ] = "finish",
@@ -104,7 +104,7 @@ def revoke(
 
 def restore(
     model: VersionArgument,
-    reason: NeededReason = "",
+    reason: ReasonOption = "",
     home: HomeOption = None,
     url: UrlOption = None,
     as_json: JsonOption = False,

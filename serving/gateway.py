@@ -12,6 +12,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
+from adapters.canaries import ShadowFigures
 from adapters.errors import (
     AdapterQuarantined,
     AdapterUnloaded,
@@ -96,7 +97,11 @@ class Gateway:
             limit = self.limits.default_chat_tokens
             beside: Sequence[int] = prompt
             if target.beside is not None and target.beside.prompt_format != target.prompt_format:
-                beside = await self.render(command, target.beside.prompt_format)
+                try:
+                    beside = await self.render(command, target.beside.prompt_format)
+                except InvalidRequest:  # the template refuses the shadow's format, not the caller's messages
+                    self.tally.shadowed(target.beside.trial, ShadowFigures(failed=1))
+                    beside = ()
             return self.prepare("chatcmpl", command.wishes, target, [prompt], "messages", limit, started, beside=beside)
 
         return await self._begun(command.wishes, make)

@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from adapters.canaries import Arm, CanaryLimits, Sticky
-from adapters.errors import AdapterLoadFailed, StoreFailed
+from adapters.errors import AdapterLoadFailed, InvalidRequest, StoreFailed
 from adapters.home import Home
 from adapters.prompts import Message
-from adapters.records import MoveAction
+from adapters.records import MoveAction, PromptFormat
 from adapters.registry import Registry
 from serving.api.app import build_app, build_gateway
 from serving.commands import ChatCommand, Wishes
@@ -313,6 +313,29 @@ async def test_whatever_befalls_a_shadow_the_live_answer_goes_on(
     figures = pair.case.registry.canaries.report("sum").shadow
     seen = (figures.shadows, figures.dropped, figures.failed)
     assert seen == {"failed": (0, 0, 3), "raises": (0, 0, 3), "dropped": (0, 3, 0), "hangs": (3, 0, 0)}[fault]
+
+
+async def test_a_shadow_whose_format_the_template_refuses_costs_the_live_answer_nothing(tmp_path: Path) -> None:
+    """As templates do that take no system turn: what a candidate's format asks for is no fault of the caller's."""
+
+    class Strict(ByteTokenizer):
+        def chat(self, messages: Sequence[Message], fmt: PromptFormat, *, continue_final: bool = False) -> list[int]:
+            if fmt.system:
+                raise InvalidRequest("The base's chat template refuses these messages: no system turn", "messages")
+            return super().chat(messages, fmt, continue_final=continue_final)
+
+    case = make_case(tmp_path)
+    case.publish("sum", 1)
+    case.publish("sum", 2, promote=False, fmt=PromptFormat(system="Be brief."))
+    case.registry.canaries.set_shadow("sum", 2, 100, who="ann")
+    case.gateway.renderer = Strict()
+    body = {"model": "sum", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    async with case.client() as client:
+        answer = await client.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json().get("model")) == (200, "sum@1")
+    assert not any(submission.shadow for submission in case.engine.submissions)
+    await CanaryKeeper(case.registry.canaries, case.gateway.tally, "one").tick()
+    assert case.registry.canaries.report("sum").shadow.failed == 1
 
 
 async def test_a_live_answer_that_leaves_takes_its_shadow_along(pair: Pair) -> None:

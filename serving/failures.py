@@ -18,6 +18,7 @@ from adapters.errors import (
     NotReady,
     QueueFull,
 )
+from serving.engine.admission import ALL_PINNED
 from serving.engine.breaker import Doubt
 from serving.engine.request import Failed
 
@@ -41,6 +42,9 @@ def engine_error(failed: Failed, model: str) -> LoraplaneError:
     match failed.code:
         case QueueFull.code:
             return QueueFull("The engine's queue is full; try again in a moment.", hint or 1.0)
+        case AdapterCapacity.code if failed.message == ALL_PINNED:
+            why = f"Every adapter slot is pinned to others, so {model} has none; unpin one (loraplane unpin NAME@N)."
+            return AdapterCapacity(why, hint or 1.0)
         case AdapterCapacity.code:
             return AdapterCapacity("Every adapter slot is in use; try again in a moment.", hint or 1.0)
         case NotReady.code:

@@ -25,6 +25,7 @@ from adapters.errors import (
 from adapters.prompts import Message
 from adapters.records import AdapterVersion, GenerationDefaults, PromptFormat, parse_model_id
 from serving.commands import ChatCommand, CompletionCommand, Wishes
+from serving.engine.admission import ALL_PINNED
 from serving.engine.request import Failed, FinishReason
 from serving.failures import engine_error
 from serving.resolver import Resolver
@@ -137,6 +138,15 @@ async def test_a_failure_before_the_first_token_is_raised_at_once(case: Case) ->
         await case.gateway.chat(ask())
     assert caught.value.retry_after_s == 3.0
     assert "secret" not in str(caught.value)
+    await baseline(case)
+
+
+async def test_who_finds_every_slot_pinned_is_told_so_and_what_helps(case: Case) -> None:
+    """Trying again in a moment, as for slots that are in use, would never have helped."""
+    case.engine.script = lambda s: [Failed(1, "adapter_capacity", ALL_PINNED, 3.0)]
+    with pytest.raises(AdapterCapacity, match=r"pinned.*loraplane unpin") as caught:
+        await case.gateway.chat(ask())
+    assert caught.value.retry_after_s == 3.0
     await baseline(case)
 
 

@@ -24,6 +24,7 @@ from serving.engine.request import Failed, State
 from serving.engine.sequence import Sequence
 from serving.engine.slots import Placement, SlotTable
 
+ALL_PINNED = "Every slot is pinned."
 LEAST_LOOKAHEAD = 16
 KNOWN_SIZES = 4096  # adapters whose size is remembered once they have left the host
 
@@ -65,7 +66,7 @@ class Admission:
         pinned = self._slots.pinned
         if digest is not None and len(pinned) == self._slots.slots and digest not in pinned:
             retry = self.forecast.clamp(0.0)
-            return Failed(number, "adapter_capacity", "Every slot is pinned.", retry_after_s=retry)
+            return Failed(number, "adapter_capacity", ALL_PINNED, retry_after_s=retry)
         if refusal := self._too_late(sequence, now):
             return refusal
         # A burst between two steps waits beside rows that are still free: those places count too.

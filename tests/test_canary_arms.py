@@ -27,7 +27,10 @@ from adapters.canaries import (
     takes,
 )
 from adapters.records import AdapterVersion, BoundBy, PromptFormat
-from serving.arms import Lot, draw
+from serving.answers import Ended, Usage
+from serving.arms import Lot, Taken, draw
+from serving.resolver import Weights
+from serving.tally import Tally
 
 LIMITS = CanaryLimits(min_requests=40, max_error_excess=0.05, min_shadow_tokens=100, min_agreement=0.7)
 AT = datetime(2026, 11, 22, tzinfo=UTC)
@@ -193,3 +196,25 @@ def test_the_quantile_is_the_bucket_in_which_it_lies() -> None:
     exact = sorted(times)[int(0.95 * len(times)) - 1]
     assert exact <= ArmFigures(2000, 0, 0, tuple(counts)).first_token_p95_s <= exact * 1.25
     assert ArmFigures().first_token_p95_s == 0
+
+
+@pytest.mark.parametrize(
+    ("outcome", "errors"),
+    [
+        ("complete", 0),
+        ("cancelled", 0),
+        ("queue_full", 0),
+        ("context_length_exceeded", 0),
+        ("engine_lost", 0),
+        ("version_revoked", 0),
+        ("adapter_numerics", 1),
+        ("deadline_exceeded", 1),
+        ("internal_error", 1),
+    ],
+)
+def test_only_what_the_version_may_be_to_blame_for_counts_against_it(outcome: str, errors: int) -> None:
+    tally, weights = Tally(), Weights("sum@2", "b" * 64, "sum", 2, f"{2:064x}")
+    tally.ended(Ended(weights, outcome, (), Usage(1, 1), 1, 1, 0.1, 0.2, None, Taken("trial", Arm.CANARY)))
+    (figures,) = tally.changed().values()
+    assert isinstance(figures, ArmFigures)
+    assert (figures.requests, figures.errors) == (1, errors)

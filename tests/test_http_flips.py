@@ -195,6 +195,14 @@ async def test_a_rollback_waits_for_no_load(client: httpx.AsyncClient, case: Cas
     assert (await ask(client)).json()["adapter_version"] == 1
 
 
+async def test_both_versions_of_a_rollback_stay_warm(client: httpx.AsyncClient, case: Case) -> None:
+    await promote(client, 2)
+    await until(lambda: len(case.engine.warmed) == 2)
+    case.engine.warmed.clear()
+    await client.post("/v1/adapters/summarize/rollback", json={"reason": "worse"})
+    await until(lambda: case.engine.warmed == dict.fromkeys((digest_of(case, 1), digest_of(case, 2)), 600.0))
+
+
 async def test_flips_hold_no_more_than_their_share_of_the_host(client: httpx.AsyncClient, case: Case) -> None:
     """Else a flip every two seconds would fill the host with old champions, and the next one could not be loaded."""
     size = case.registry.version("summarize", 1).size_bytes

@@ -174,6 +174,19 @@ def test_A06_a_storm_of_loads_and_unloads_costs_running_streams_no_token(
     assert (case.slots.leases, case.host.loading, case.engine._keeper.warm) == (0, 0, ())
 
 
+def test_a_dropped_adapter_leaves_nothing_in_its_slot(decoder: Decoder, tiny_adapters: list[Path]) -> None:
+    """An unload that only forgot the name would go on holding the bytes."""
+    case = EngineCase(decoder, slots=2)
+    adapter = read_peft(tiny_adapters[0])
+    case.answer(case.submit(PROMPT, tiny_adapters[0]))
+    ((_, slot, _),) = case.slots.resident()
+    assert case.engine._prover.applies(slot, adapter)
+    key = case.keep(partial(Drop, digest=adapter.digest, deadline_s=0.0))
+    case.run(lambda: case.told[key] is not None)
+    assert case.slots.resident() == []
+    assert not case.engine._prover.applies(slot, adapter)
+
+
 def test_waiting_sequences_have_their_adapters_loaded_before_their_turn(
     decoder: Decoder, tiny_adapters: list[Path]
 ) -> None:

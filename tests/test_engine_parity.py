@@ -46,10 +46,10 @@ def expected(oracle: Oracle, prompt: list[int], ids: list[int]) -> tuple[int, in
 def test_mixed_batches_answer_as_each_adapter_alone(
     decoder: Decoder, oracles: dict[Path | None, Oracle], tiny_adapters: list[Path]
 ) -> None:
-    """100 random cases: base and six adapters through four slots: evictions, chunked prefill, joins at any step."""
+    """100 random cases: base and six adapters through three slots: evictions, chunked prefill, joins at any step."""
     print(f"seed {SEED}")
     rng = random.Random(SEED)
-    case = EngineCase(decoder, rows=6, slots=4, chunk=7)
+    case = EngineCase(decoder, rows=6, slots=3, chunk=7, queue_limit=100)
     asked = []
     for _ in range(100):
         adapter = rng.choice([None, *tiny_adapters])

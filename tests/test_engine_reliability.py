@@ -69,9 +69,9 @@ def storm(case: EngineCase, rng: random.Random, adapters: Sequence[Path], count:
 def test_A05_a_storm_is_answered_as_each_adapter_alone_in_transformers(
     decoder: Decoder, oracles: dict[Path | None, Oracle], tiny_adapters: list[Path], count: int
 ) -> None:
-    """Mixed batches, six adapters through four slots, evictions, cancels, chunked prefill and prefix reuse at once."""
+    """Mixed batches, six adapters through three slots, evictions, cancels, chunked prefill and prefix reuse at once."""
     print(f"seed {SEED}")
-    case = EngineCase(decoder, rows=6, slots=4, chunk=7, queue_limit=count)
+    case = EngineCase(decoder, rows=6, slots=3, chunk=7, queue_limit=count)
     asked = storm(case, random.Random(SEED), tiny_adapters, count)
     close = total = 0
     for adapter, prompt, key in asked:

@@ -27,6 +27,7 @@ from serving.summing import last_words, together
 _LOOK_S = 0.5
 _LOOK_SOON_S = 0.1  # while there is none at all
 # Heartbeats come twice a second: a replica that misses so many is not asked while others answer.
+_LOOK_S = 0.25  # between two looks at a replica that was asked and has not answered
 _SILENT_S = 3.0
 _LET_GO_S = 60.0  # for so long replicas that come back are told what was unpinned without them
 _COPY_TTL_S = 60.0
@@ -326,7 +327,7 @@ class Router:
         """One answer for all replicas that answer: a refusal if one refused. Those that died meanwhile hold nothing;
         one that hangs is not waited for, and greeted anew when it comes back."""
         members = [m for m in self._fresh(self._connected()) if also_leaving or not m.leaving]
-        answers = await asyncio.gather(*(ask(m.link) for m in members))
+        answers = await asyncio.gather(*(self._unless_it_hangs(m, ask) for m in members))
         failed = [a for a in answers if isinstance(a, Failed)]
         moved = [a for a in answers if isinstance(a, Moved)]
         refused = next((a for a in failed if a.code not in _ABSENT), None)
@@ -336,6 +337,17 @@ class Router:
             return failed[0] if failed else _NO_REPLICA
         slowest = max(moved, key=_seconds)
         return Moved(0, moved[0].digest, _farthest(moved), sum(a.bytes for a in moved), slowest.load)
+
+    async def _unless_it_hangs(self, member: Member, ask: _Asking) -> Moved | Failed:
+        """A replica's answer; that of an absent one where it falls silent after it was asked, and others do not."""
+        asked = asyncio.ensure_future(ask(member.link))
+        try:
+            while not (await asyncio.wait({asked}, timeout=_LOOK_S))[0]:
+                if member not in self._fresh(self._connected()):
+                    return _NO_REPLICA
+            return asked.result()
+        finally:
+            asked.cancel()
 
 
 class OneCopy:

@@ -678,6 +678,27 @@ def test_a_replica_that_hangs_is_not_waited_for_and_is_told_when_it_comes_back()
     run(scenario())
 
 
+def test_a_replica_that_falls_silent_after_it_was_asked_is_not_waited_for() -> None:
+    async def scenario() -> None:
+        asked = asyncio.Event()
+
+        class Hangs(FakeReplica):
+            async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+                asked.set()
+                await asyncio.Event().wait()
+                raise AssertionError
+
+        fleet = Fleet(a=Hangs(), b=FakeReplica())
+        async with routed(fleet) as router, asyncio.timeout(10):
+            warming = asyncio.create_task(router.warm(X, 60.0))
+            await asked.wait()
+            fleet.replicas["a"].heartbeat_age = 4.0
+            assert isinstance(await warming, Moved)
+            assert list(fleet.replicas["b"].warmed) == [X]
+
+    run(scenario())
+
+
 def test_a_drop_reaches_a_replica_that_leaves_too() -> None:
     """It still computes for whoever began there."""
 

@@ -46,8 +46,8 @@ class CanaryLimits:
     Errors: its rate may exceed the champion's by max_error_excess. Latency: the 95th percentile of the first token may
     be max_latency_ratio times the champion's, and latency_slack_s seconds more. Quality, of a shadow of the same
     version: at least min_agreement of the compared tokens are the same, and the mean gap of their log-probabilities is
-    at most max_logprob_gap either way. None of them counts before min_requests of each arm that it looks at, or
-    min_shadow_tokens compared tokens.
+    at most max_logprob_gap either way. None of them counts before min_requests of the canary (for latency of the
+    champion too), or min_shadow_tokens compared tokens.
     """
 
     min_requests: int = 50

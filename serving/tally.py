@@ -11,6 +11,7 @@ from adapters.errors import (
     AdapterUnloaded,
     Cancelled,
     ContextLengthExceeded,
+    DeadlineExceeded,
     EngineLost,
     InvalidRequest,
     NotReady,
@@ -37,6 +38,15 @@ _NOBODYS_FAULT = frozenset(
         VersionRevoked.code,
     }
 )
+# A deadline shorter than this is the caller's wish, and could be made to end any canary.
+PATIENT_S = 10.0
+
+
+def is_fault(outcome: str, total_s: float) -> bool:
+    """Whether a request's outcome speaks against the version that it was sent to. total_s: how long it went on."""
+    if outcome == DeadlineExceeded.code:
+        return total_s >= PATIENT_S
+    return outcome not in _NOBODYS_FAULT
 
 
 class Tally:
@@ -62,7 +72,7 @@ class Tally:
             counts[bucket_of(record.first_token_s)] += 1
         self._arms[key] = ArmFigures(
             requests=old.requests + 1,
-            errors=old.errors + (record.outcome not in _NOBODYS_FAULT),
+            errors=old.errors + is_fault(record.outcome, record.total_s),
             tokens=old.tokens + record.usage.completion_tokens,
             first_token=tuple(counts),
         )

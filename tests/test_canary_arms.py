@@ -30,7 +30,7 @@ from adapters.records import AdapterVersion, BoundBy, PromptFormat
 from serving.answers import Ended, Usage
 from serving.arms import Lot, Taken, draw
 from serving.resolver import Weights
-from serving.tally import Tally
+from serving.tally import PATIENT_S, Tally
 
 LIMITS = CanaryLimits(min_requests=40, max_error_excess=0.05, min_shadow_tokens=100, min_agreement=0.7)
 AT = datetime(2026, 11, 22, tzinfo=UTC)
@@ -199,22 +199,23 @@ def test_the_quantile_is_the_bucket_in_which_it_lies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "errors"),
+    ("outcome", "seconds", "errors"),
     [
-        ("complete", 0),
-        ("cancelled", 0),
-        ("queue_full", 0),
-        ("context_length_exceeded", 0),
-        ("engine_lost", 0),
-        ("version_revoked", 0),
-        ("adapter_numerics", 1),
-        ("deadline_exceeded", 1),
-        ("internal_error", 1),
+        ("complete", 0.2, 0),
+        ("cancelled", 0.2, 0),
+        ("queue_full", 0.2, 0),
+        ("context_length_exceeded", 0.2, 0),
+        ("engine_lost", 0.2, 0),
+        ("version_revoked", 0.2, 0),
+        ("adapter_numerics", 0.2, 1),
+        ("deadline_exceeded", PATIENT_S - 0.1, 0),  # who waits no longer could end any canary
+        ("deadline_exceeded", PATIENT_S, 1),
+        ("internal_error", 0.2, 1),
     ],
 )
-def test_only_what_the_version_may_be_to_blame_for_counts_against_it(outcome: str, errors: int) -> None:
+def test_only_what_the_version_may_be_to_blame_for_counts_against_it(outcome: str, seconds: float, errors: int) -> None:
     tally, weights = Tally(), Weights("sum@2", "b" * 64, "sum", 2, f"{2:064x}")
-    tally.ended(Ended(weights, outcome, (), Usage(1, 1), 1, 1, 0.1, 0.2, None, Taken("trial", Arm.CANARY)))
+    tally.ended(Ended(weights, outcome, (), Usage(1, 1), 1, 1, 0.1, seconds, None, Taken("trial", Arm.CANARY)))
     (figures,) = tally.changed().values()
     assert isinstance(figures, ArmFigures)
     assert (figures.requests, figures.errors) == (1, errors)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import AdapterLoadFailed
+from serving.engine.admission import ALL_PINNED
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.plan import Key
@@ -115,6 +116,14 @@ def test_an_unpin_overtakes_the_pin_that_still_waits_for_its_load(decoder: Decod
     case.answer(case.submit(PROMPT, tiny_adapters[0]))
     assert case.slots.pinned == ()
     case.answer(case.submit(PROMPT, tiny_adapters[1]))
+
+
+def test_a_pin_is_refused_at_once_where_every_slot_is_pinned(decoder: Decoder, tiny_adapters: list[Path]) -> None:
+    case = EngineCase(decoder, slots=1)
+    assert isinstance(pin(case, tiny_adapters[0]), Moved)
+    refused = pin(case, tiny_adapters[1])  # the clock stands still: it did not wait for its deadline
+    assert isinstance(refused, Failed)
+    assert (refused.code, refused.message) == ("adapter_capacity", ALL_PINNED)
 
 
 def timing_of(case: EngineCase, key: Key) -> Timing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from serving.engine.admission import ALL_PINNED
 from serving.engine.breaker import Doubt
 from serving.engine.plan import Key, Load, Outgoing
 from serving.engine.request import Drop, Failed, Keep, LoadTimes, Moved, Pin, Submit, Unpin, Warm
@@ -162,9 +163,10 @@ class Keeper:
         try:
             placement = self._slots.place(digest)
         except NoSlotFree:
-            if now < wish.until:
+            pinned = len(self._slots.pinned) == self._slots.slots  # which waiting does not change
+            if now < wish.until and not pinned:
                 return []
-            full = "Every slot is leased or pinned."
+            full = ALL_PINNED if pinned else "Every slot is leased or pinned."
             return [(wish.key, Failed(number, "adapter_capacity", full, retry_after_s=1.0))]
         failures = self._install(digest, placement)
         if not self._slots.holds(digest):  # its installation failed, and the slot was emptied

@@ -18,7 +18,7 @@ from adapters.weights import open_weights
 from serving.engine.engine import Engine
 from serving.engine.kv import RowTable
 from serving.engine.limits import Limits
-from serving.engine.lora import HostAdapter
+from serving.engine.lora import HostAdapter, Slots
 from serving.engine.model import Decoder
 from serving.engine.plan import Key, Outgoing
 from serving.engine.reading import load_decoder
@@ -72,6 +72,7 @@ class EngineCase:
         patience_s: float = 2.0,
         prefix_reuse: bool = True,
         spare: int = 3,
+        device_slots: Slots | None = None,
     ) -> None:
         self.time = 0.0
         self.answers: dict[Key, Answer] = {}
@@ -89,7 +90,7 @@ class EngineCase:
         )
         limits = Limits(MAX_LEN, queue_limit, chunk, 4 * chunk, patience_s, prefix_reuse=prefix_reuse)
         self.scheduler = Scheduler(limits, self.rows, self.slots, self.host, frozenset(decoder.stop_token_ids))
-        device_slots = make_slots(decoder, slots, max_rank)
+        device_slots = device_slots or make_slots(decoder, slots, max_rank)
         runner = DecoderRunner(decoder, rows, device_slots, spare=spare)
         self.runner = wrap(runner)
         facts = EngineFacts("tiny", "0" * 64, "llama", MAX_LEN, rows, slots, max_rank, "float32", "cpu", (2,))

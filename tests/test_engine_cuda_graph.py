@@ -133,11 +133,12 @@ def test_an_engine_on_graphs_answers_as_each_adapter_alone(
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     counted = Counted()
+    slots = TritonSlots(decoder.sites, 2, decoder.dtype, DEVICE, 64)
 
     def replaying(_: object) -> DecoderRunner:
-        return DecoderRunner(decoder, ROWS, TritonSlots(decoder.sites, 2, decoder.dtype, DEVICE, 64), counted)
+        return DecoderRunner(decoder, ROWS, slots, counted)
 
-    case = EngineCase(decoder, rows=ROWS, slots=2, chunk=16, wrap=replaying)
+    case = EngineCase(decoder, rows=ROWS, slots=2, chunk=16, wrap=replaying, device_slots=slots)
     asked = []
     for _ in range(10):
         adapter = rng.choice([None, *tiny_adapters[:4]])

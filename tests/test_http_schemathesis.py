@@ -61,6 +61,7 @@ def name_something_real(request: schemathesis.Case, number: int) -> None:
         "number": number,
         "version": number,
         "alias": "champion",
+        "expected_version": 1,
     }
     for place in (request.path_parameters, request.query, request.body):
         for key, value in real.items():
@@ -80,6 +81,7 @@ DONE = {
     "POST /v1/compare",
     "POST /v1/adapters/{name}/promote",
     "PUT /v1/adapters/{name}/aliases/{alias}/fallback",
+    "PUT /v1/adapters/{name}/canary",
     "PUT /v1/adapters/{name}/shadow",
     "PUT /v1/adapters/{name}/versions/{number}/pin",
     "DELETE /v1/adapters/{name}/versions/{number}/pin",

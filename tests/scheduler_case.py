@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from serving.engine.beams import Candidate
@@ -197,3 +197,14 @@ class SchedulerCase:
                 assert not asked.endings, "two endings"
                 asked.endings.append(event)
                 asked.ended = self.steps
+
+
+def percentile(figures: Sequence[int], share: float) -> int:
+    return sorted(figures)[int(share * (len(figures) - 1))]
+
+
+def retry_after(asked: Asked) -> float:
+    (ending,) = asked.endings
+    assert isinstance(ending, Failed)
+    assert ending.retry_after_s is not None
+    return ending.retry_after_s

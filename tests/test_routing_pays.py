@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from serving.engine.request import SlotState
 from serving.routing import DEVICE, Candidate, Heat, Ledger, choose
-from tests.test_router import beat
+from tests.heartbeats import beat
 
 SEED = 20261122
 ROWS, SLOTS, REPLICAS, ADAPTERS, TICKS_A_BEAT, TICKS_AN_ANSWER = 16, 8, 2, 14, 5, 20

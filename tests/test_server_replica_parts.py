@@ -20,7 +20,7 @@ from serving.rayenv import check_address
 from serving.replica import ReplicaView
 from serving.replica_metrics import ReplicaCollector
 from serving.scaling import Scaling
-from tests.test_router import beat
+from tests.heartbeats import beat
 
 SERVE = typer.Typer()
 SERVE.command()(serve)

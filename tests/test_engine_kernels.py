@@ -14,6 +14,7 @@ from torch import Tensor
 from serving.engine.attention import Heads, PackedCache, PlainCache
 from serving.engine.kernels import load
 from serving.engine.kernels.load import KernelsMissing, cpu_kernels
+from serving.engine.linear import FrozenLinear, in_blocks
 from serving.engine.lora import HostAdapter, Site, add_reference
 from serving.engine.ops import Activation, Norm, Ops
 from serving.engine.packed import PackedSlots
@@ -50,6 +51,38 @@ def near(ours: Tensor, exact: Tensor) -> bool:
     """Within bfloat16's rounding of the largest value of each row."""
     size = exact.float().abs().amax(-1, keepdim=True)
     return bool(((ours.float() - exact.float()).abs() <= ROUNDING * size + 1e-6).all())
+
+
+@needs_kernels
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("out", [1, 15, 48, 49, 100, 960])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 100])
+def test_a_product_equals_torchs_and_a_row_is_the_same_bits_alone(rows: int, out: int, biased: bool) -> None:
+    x, weight, bias = draw(rows, 130), draw(out, 130, scale=0.1), draw(out) if biased else None
+    kernels = cpu_kernels()
+    assert kernels is not None
+    sums = torch.zeros(in_blocks(weight).shape[0] * 48)
+    if bias is not None:
+        sums[:out] = bias
+    made = kernels.product(x, in_blocks(weight), sums, out)
+    exact = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    assert made.shape == (rows, out)
+    assert near(made, exact)
+    for at in (0, rows // 2, rows - 1):
+        assert torch.equal(kernels.product(x[at : at + 1].contiguous(), in_blocks(weight), sums, out)[0], made[at])
+    assert kernels.product(x[:0], in_blocks(weight), sums, out).shape == (0, out)
+
+
+@needs_kernels
+def test_a_product_of_what_is_no_number_spoils_its_own_row_alone() -> None:
+    x, linear = draw(20, 64), FrozenLinear(draw(50, 64))
+    clean = linear(x)
+    x[7, 3], x[11, 0] = float("nan"), float("inf")
+    made = linear(x)
+    assert not made[7].isfinite().any()
+    assert not made[11].isfinite().any()
+    rest = [row for row in range(20) if row not in (7, 11)]
+    assert torch.equal(made[rest], clean[rest])
 
 
 @needs_kernels
@@ -297,9 +330,10 @@ def test_the_switch_and_a_machine_without_a_compiler_leave_the_work_to_torch(
 @needs_kernels
 def test_a_library_that_was_shipped_beside_its_source_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An image without a compiler: nothing is built, and nothing is written to a home."""
-    source = tmp_path / "cpu.cpp"
-    source.write_text(load.SOURCE.read_text())
-    monkeypatch.setattr(load, "SOURCE", source)
+    sources = [tmp_path / source.name for source in load.SOURCES]
+    for source, original in zip(sources, load.SOURCES, strict=True):
+        source.write_text(original.read_text())
+    monkeypatch.setattr(load, "SOURCES", tuple(sources))
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     monkeypatch.delenv(load.SWITCH, raising=False)
 
@@ -311,9 +345,12 @@ def test_a_library_that_was_shipped_beside_its_source_is_taken(monkeypatch: pyte
     shipped = tmp_path / load._name()
     shipped.touch()
     assert load._library(none_here) == shipped
-    source.write_text(source.read_text() + "// newer")
-    with pytest.raises(KernelsMissing):  # a library of another source is not this one's
-        load._library(none_here)
+    for source in sources:
+        original = source.read_text()
+        source.write_text(original + "// newer")
+        with pytest.raises(KernelsMissing):  # a library of another source is not this one's
+            load._library(none_here)
+        source.write_text(original)
 
 
 def test_a_build_that_dies_leaves_nothing_and_the_next_one_works(

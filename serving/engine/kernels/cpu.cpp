@@ -4,42 +4,22 @@
 // need AVX512 with bfloat16 dot products; the caller asks the machine first. Every (token, head) and every row of a
 // block is computed by itself and in one order, so a token's result does not depend on what shares its step.
 
-#include <ATen/ATen.h>
-#include <immintrin.h>
 #include <omp.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "lanes.h"
+
 namespace {
 
-using at::Tensor;
-using bf16 = at::BFloat16;
-
-constexpr int64_t LANES = 16;      // floats in a register
 constexpr int64_t KEY_BLOCK = 16;  // positions of a block of the cache
 constexpr int64_t QUERIES_AT_ONCE = 8;
 constexpr int64_t BLOCK_ROWS = 4;  // tokens of one adapter that share a read of its weights
-
-inline __m512 widen(__m256i packed) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16));
-}
-inline __m512 load16(const bf16* from) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
-inline void store16(bf16* to, __m512 value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value));
-}
-inline __m512 rounded(__m512 value) { return widen((__m256i)_mm512_cvtneps_pbh(value)); }
-inline __m512bh load_pairs(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
-inline __m512bh both(const bf16* pair) {
-  int32_t bits;
-  std::memcpy(&bits, pair, sizeof bits);
-  return (__m512bh)_mm512_set1_epi32(bits);
-}
 
 // exp(x) for x <= 0 and above -87: 2^n times a polynomial of degree 5 on [-ln2/2, ln2/2]; error below 3e-7 of the value.
 inline __m512 exp_negative(__m512 x) {
@@ -57,10 +37,6 @@ inline __m512 exp_negative(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
   return _mm512_maskz_mov_ps(static_cast<__mmask16>(~gone), _mm512_scalef_ps(p, n));
-}
-
-void check(const Tensor& tensor, int64_t dim, const char* name) {
-  TORCH_CHECK(tensor.dim() == dim && tensor.is_contiguous(), name, " must be contiguous with ", dim, " dimensions");
 }
 
 // --- norm ------------------------------------------------------------------------------------------------------------
@@ -531,7 +507,7 @@ void lora_add(Tensor y, const Tensor& x, const Tensor& blocks, const Tensor& buf
 
 }  // namespace
 
-TORCH_LIBRARY(loraplane, m) {
+TORCH_LIBRARY_FRAGMENT(loraplane, m) {
   m.def("add_rms_norm(Tensor(a!) x, Tensor? y, Tensor weight, float eps, float offset) -> Tensor", add_rms_norm);
   m.def("gated(Tensor gate_up, bool tanh_gelu) -> Tensor", gated);
   m.def(

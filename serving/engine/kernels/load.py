@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 import torch
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("lanes.h", "cpu.cpp", "products.cpp"))
 SWITCH = "LORAPLANE_KERNELS"  # "off" leaves everything to torch
 _FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-mfma", *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "bf16")))
 _log = structlog.get_logger()
@@ -31,7 +31,7 @@ class KernelsMissing(Exception):
 
 @functools.cache
 def cpu_kernels() -> Any | None:
-    """The operators of cpu.cpp as `torch.ops` offers them, or None, with the reason in the log, where torch must do.
+    """The operators as `torch.ops` offers them, or None, with the reason in the log, where torch must do.
 
     The first call on a machine compiles for some 20 s; the result is kept by content under the user's cache folder.
     """
@@ -48,13 +48,14 @@ def _library(build: Callable[[Path], None]) -> Path:
         raise KernelsMissing(f"{SWITCH} is off")
     if "AVX512" not in torch.backends.cpu.get_cpu_capability() or not torch.cpu._is_avx512_bf16_supported():
         raise KernelsMissing("this CPU has no bfloat16 products of 512 bits")
-    shipped = SOURCE.with_name(_name())
+    shipped = SOURCES[0].with_name(_name())
     return shipped if shipped.exists() else _built(_private_folder(), build)
 
 
 def _name() -> str:
     """The library's file name: another for another source, torch or set of flags."""
-    built_from = f"{SOURCE.read_text()}\0{torch.__version__}\0{_FLAGS}"
+    sources = "\0".join(source.read_text() for source in SOURCES)
+    built_from = f"{sources}\0{torch.__version__}\0{_FLAGS}"
     return f"cpu-{hashlib.sha256(built_from.encode()).hexdigest()[:16]}.so"
 
 
@@ -90,7 +91,7 @@ def _build(folder: Path) -> None:
     try:
         cpp_extension.load(
             "loraplane_cpu",
-            [str(SOURCE)],
+            [str(source) for source in SOURCES if source.suffix == ".cpp"],
             extra_cflags=list(_FLAGS),
             extra_ldflags=["-fopenmp"],
             build_directory=str(folder),
@@ -101,4 +102,4 @@ def _build(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _built(SOURCE.parent, _build)
+    _built(SOURCES[0].parent, _build)

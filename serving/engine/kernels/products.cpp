@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t COLUMNS = 3 * LANES;  // of a block: eight rows of it, a row of weights and an input fill the registers
 constexpr int64_t ROWS_AT_ONCE = 8;
+constexpr int64_t AHEAD = 16;  // steps of k at which weights are asked for: what comes from memory is there in time
 
 // y (ROWS, columns) = x (ROWS, in) times a block's weights (in / 2, COLUMNS, 2), plus bias (COLUMNS).
 template <int ROWS>
@@ -21,6 +22,8 @@ void tile(const bf16* x, int64_t in, const bf16* weights, const float* bias, bf1
   for (int c = 0; c < 3; ++c)
     for (int j = 0; j < ROWS; ++j) sums[j][c] = _mm512_loadu_ps(bias + c * LANES);
   for (int64_t k = 0; k < in; k += 2, weights += 2 * COLUMNS) {
+    for (int c = 0; c < 3; ++c)  // beyond the last block it asks for nothing that is read
+      _mm_prefetch(reinterpret_cast<const char*>(weights + 2 * (AHEAD * COLUMNS + c * LANES)), _MM_HINT_T0);
     const __m512bh w[3] = {load_pairs(weights), load_pairs(weights + 2 * LANES), load_pairs(weights + 4 * LANES)};
     for (int j = 0; j < ROWS; ++j) {
       const __m512bh input = both(x + j * in + k);

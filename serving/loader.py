@@ -346,13 +346,21 @@ class HostTier:
             again_s = held.times.fetch_s + held.times.host_s
             return False, self.demand.of(digest) * again_s / max(held.bytes, 1)
 
-        while self.held_bytes > self._budget:
+        while (over := self.held_bytes - self._budget) > 0:
             compared = list(islice((d for d in self._held if d not in self._kept), COMPARED))
+            going: list[str] = []
             for digest in sorted(compared, key=worth)[: -1 if len(compared) < COMPARED else COMPARED // 2]:
-                if self.held_bytes <= self._budget:
-                    return
-                self._forget(digest)
-                self.evictions += 1
+                if over <= 0:
+                    break
+                going.append(digest)
+                over -= self._held[digest].bytes
+            # The last to be chosen may be so large that others need not go: the most worthy of them stay.
+            for digest in reversed(going):
+                if over + self._held[digest].bytes <= 0:
+                    over += self._held[digest].bytes
+                else:
+                    self._forget(digest)
+                    self.evictions += 1
             if len(compared) < COMPARED:
                 return
 

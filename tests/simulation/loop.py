@@ -195,7 +195,7 @@ class SimWorkers:
         self._hanging: list[tuple[str, Task]] = []
         self._closed = False
         self.loads = 0  # tasks under way or queued that are part of a load
-        self.done = 0  # since this was last set to 0
+        self.done: list[str] = []  # whose loads came on since this was last emptied
 
     def submit(self, pool: str, task: Task) -> None:
         """See Workers."""
@@ -224,7 +224,8 @@ class SimWorkers:
         if not self._closed:
             self._room[pool] += 1
             self.loads -= pool != WRITE
-            self.done += 1
+            if pool != WRITE:
+                self.done.append(_digest_of(task))
             task()
             self._begin(pool)
 

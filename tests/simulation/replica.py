@@ -178,7 +178,7 @@ class SimReplica:
     def _step(self) -> bool:
         before = {digest: leases for digest, _, leases in self.slots.resident()}
         pinned, host, installed = set(self.slots.pinned), set(self.host.digests()), dict(self.runner.slots)
-        arrived, self.workers.done = self.workers.done, 0
+        arrived, self.workers.done = self.workers.done, []
         try:
             computed = self.engine.step()
         except Exception as error:
@@ -186,8 +186,8 @@ class SimReplica:
         if self.runner.broken is not None:
             raise self.runner.broken
         self._check_evictions(before, pinned, installed)
-        if arrived <= 1:  # of two that arrive at once the first may make room and then not stay itself
-            self._check_host(host)
+        if len(arrived) <= 1:  # of two that arrive at once the first may make room and then not stay itself
+            self._check_host(host, host | set(arrived))
         self.check_books()
         return computed
 
@@ -210,12 +210,12 @@ class SimReplica:
         """What was to be freed: dropped, or its installation failed."""
         return self.dropped
 
-    def _check_host(self, before: set[str]) -> None:
-        """Nothing leaves the host that would have fit."""
-        gone = before - set(self.host.digests())
-        pushed = gone - self._excused()
+    def _check_host(self, before: set[str], there: set[str]) -> None:
+        """Nothing leaves the host that would have fit beside what was there, newcomers of this step among it."""
+        gone = there - set(self.host.digests())
+        pushed = (gone & before) - self._excused()
         # What was dropped in the same step may have lain there when the others had to go.
-        held = self.host.held_bytes + sum(size_of(digest) for digest in gone - pushed)
+        held = self.host.held_bytes + sum(size_of(digest) for digest in gone & self._excused())
         if pushed and held + max(size_of(digest) for digest in pushed) <= self._size.host_bytes:
             raise Broken(f"{[(d[:8], size_of(d)) for d in sorted(pushed)]} left the host, {held} were held")
 

@@ -110,6 +110,7 @@ def told(base: str, found: Found, size: Size) -> Told:
                 "G5.streams": None if cold is None else cold.streams,
                 "G6.ttft": None if thrashed is None else thrashed.slower,
                 "G6.throughput": None if thrashed is None else thrashed.kept,
+                "G6.rows": None if thrashed is None else thrashed.full_kept,
                 "G6.order": None if thrashed is None else thrashed.overtaken,
             }
         ),
@@ -152,6 +153,8 @@ def _thrash_table(found: Thrash) -> Table:
         ("there, first token, median", f"{found.wait:.0f} ms"),
         ("there, first token, longest", f"{found.longest:.0f} ms"),
         ("there, overtaken for longer than the patience", str(found.overtaken)),
+        ("two callers on each, as many slots", f"{found.full_fits:.0f} tok/s"),
+        (f"two callers on each, {SLOTS} slots", f"{found.full_over:.0f} tok/s"),
     )
     return Table((f"{2 * SLOTS} ADAPTERS, {SLOTS} SLOTS", "FOUND"), rows)
 

@@ -97,6 +97,7 @@ _ALL = (
     Goal("G5.streams", "p99 between tokens of streams, a cold load every 5 s / a warm one", 1.10, at_most=True),
     Goal("G6.ttft", "median first token, adapters twice the slots, half the slots in flight / warm", 3.0, at_most=True),
     Goal("G6.throughput", "tok/s, twice as many adapters in flight as slots / all of them in slots", 0.8),
+    Goal("G6.rows", "the same with two callers on each adapter, so that slots, not rows, are what is short", 0.8),
     Goal("G6.order", "requests that were overtaken for longer than the scheduler's patience allows", 0.0, at_most=True,
          unit=""),
     Goal("G7.cost", "throughput lost to HTTP, data plane and Ray at 16 streams", 0.08, at_most=True, unit="%"),

@@ -28,7 +28,8 @@ class Thrash:
 
     warm, cycled, drawn: first tokens of four callers on four adapters; on all sixteen in turn, the worst case of slots
     that keep the most recent; and on any. fits, over: sixteen callers on sixteen adapters, in as many slots and in
-    half of them. longest: the longest wait for a first token there. overtaken: see `overtaken`.
+    half of them, where only half of the rows can run. longest: the longest wait for a first token there. overtaken: see
+    `overtaken`. full_fits, full_over: two callers on each adapter, so that half of the slots have work for all rows.
     """
 
     warm: float
@@ -40,6 +41,8 @@ class Thrash:
     wait: float
     longest: float
     overtaken: int
+    full_fits: float
+    full_over: float
 
     @property
     def slower(self) -> float:
@@ -50,6 +53,11 @@ class Thrash:
     def kept(self) -> float:
         """The share of throughput that is left with half the slots."""
         return self.over / self.fits
+
+    @property
+    def full_kept(self) -> float:
+        """The same where slots, and not rows, are what is short."""
+        return self.full_over / self.full_fits
 
 
 def thrash(home: Furnished, prompter: Prompter, size: Size, folder: Path, threads: int | None) -> Thrash:
@@ -75,8 +83,10 @@ def thrash(home: Furnished, prompter: Prompter, size: Size, folder: Path, thread
                 answers = half.drive(in_turn(prompter, callers, adapters, asked, pick)).answers
                 found += answers if turn else ()
         half.pause()
-        over = Workload(f"{2 * SLOTS} in flight", tuple(range(1, 2 * SLOTS + 1)))
+        everybody = tuple(range(1, 2 * SLOTS + 1))
+        over = Workload(f"{2 * SLOTS} in flight", everybody)
         rounds = rounds_in_turn([half, whole], over, prompter, size)
+        full = rounds_in_turn([half, whole], Workload("two callers on each", 2 * everybody), prompter, size)
     served_over = [a for r in rounds[half.name] for a in r.answers]
     waits = [a.ttft_s * 1e3 for a in served_over]
     return Thrash(
@@ -84,12 +94,18 @@ def thrash(home: Furnished, prompter: Prompter, size: Size, folder: Path, thread
         cycled=median([a.ttft_s * 1e3 for a in cycled]),
         drawn=median([a.ttft_s * 1e3 for a in drawn]),
         hit_ratio=hits(cycled),
-        fits=round(statistics.median(r.tokens_per_s for r in rounds[whole.name]), 1),
-        over=round(statistics.median(r.tokens_per_s for r in rounds[half.name]), 1),
+        fits=_tokens_per_s(rounds[whole.name]),
+        over=_tokens_per_s(rounds[half.name]),
         wait=median(waits),
         longest=round(max(waits), 2),
         overtaken=sum(overtaken(r.answers) for r in rounds[half.name]),
+        full_fits=_tokens_per_s(full[whole.name]),
+        full_over=_tokens_per_s(full[half.name]),
     )
+
+
+def _tokens_per_s(rounds: Sequence[Round]) -> float:
+    return round(statistics.median(r.tokens_per_s for r in rounds), 1)
 
 
 def in_turn(

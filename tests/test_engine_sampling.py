@@ -18,7 +18,7 @@ from transformers import (
 
 from serving.engine.plan import Key, RowPlan
 from serving.engine.request import Sampling
-from serving.engine.sampling import sample, score, uniform
+from serving.engine.sampling import likeliest, sample, score, uniform
 from serving.engine.shaping import reshape
 
 SEED = 20261122
@@ -237,3 +237,13 @@ def test_scores_name_the_target_and_the_likeliest() -> None:
     assert [t for t, _ in first.top] == [1, 2]
     assert second.chosen == second.top[0][1]
     assert score(torch.tensor([[0.0, float("nan")]]), (0,), 0) is None
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 300, 1024])
+def test_the_likeliest_is_the_first_of_equals_in_any_vocabulary_and_company(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(SEED)
+    scores = torch.randint(0, 4, (9, vocabulary), generator=generator).float()
+    scores[3, vocabulary // 2] = float("nan")
+    scores[4] = float("-inf")
+    scores[5, vocabulary - 1] = float("inf")
+    assert torch.equal(likeliest(scores), scores.argmax(dim=-1))

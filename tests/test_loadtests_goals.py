@@ -46,7 +46,7 @@ def test_the_targets_are_those_that_were_set() -> None:
         "G3": (0.97, None), "G3.host": (1.0, None),
         "G4.http": (2.0, 1.4), "G4.static": (1.5, None),
         "G5.idle": (60.0, None), "G5.load": (60.0, None), "G5.streams": (1.1, None),
-        "G6.ttft": (3.0, None), "G6.throughput": (0.8, None), "G6.order": (0.0, None),
+        "G6.ttft": (3.0, None), "G6.throughput": (0.8, None), "G6.rows": (0.8, None), "G6.order": (0.0, None),
         "G7.cost": (0.08, None), "G7.ttft": (10.0, None),
         "G8.t5": (5.0, None), "G8.bart": (5.0, None), "G9": (2.0, None),
         "G10": (1.5, None), "G10.curve": (0.01, None),

@@ -159,7 +159,17 @@ def test_who_waits_while_much_younger_requests_are_served_was_overtaken() -> Non
 
 
 THRASH = Thrash(
-    warm=40.0, cycled=80.0, drawn=60.0, hit_ratio=0.0, fits=300.0, over=270.0, wait=500.0, longest=900.0, overtaken=0
+    warm=40.0,
+    cycled=80.0,
+    drawn=60.0,
+    hit_ratio=0.0,
+    fits=300.0,
+    over=270.0,
+    wait=500.0,
+    longest=900.0,
+    overtaken=0,
+    full_fits=300.0,
+    full_over=270.0,
 )
 
 
@@ -192,7 +202,7 @@ GOOD = Found([MANY], COLD, THRASH)
 def test_all_goals_are_reached_by_figures_that_reach_them() -> None:
     assert set(words(GOOD).values()) == {Word.REACHED}
     assert list(words(GOOD)) == [
-        "G3", "G3.host", "G5.idle", "G5.load", "G5.streams", "G6.ttft", "G6.throughput", "G6.order",
+        "G3", "G3.host", "G5.idle", "G5.load", "G5.streams", "G6.ttft", "G6.throughput", "G6.rows", "G6.order",
     ]  # fmt: skip
 
 
@@ -206,6 +216,7 @@ def test_all_goals_are_reached_by_figures_that_reach_them() -> None:
         (replace(GOOD, cold=replace(COLD, cold_p99=56.0)), "G5.streams"),
         (replace(GOOD, thrash=replace(THRASH, cycled=121.0)), "G6.ttft"),
         (replace(GOOD, thrash=replace(THRASH, over=239.0)), "G6.throughput"),
+        (replace(GOOD, thrash=replace(THRASH, full_over=239.0)), "G6.rows"),
         (replace(GOOD, thrash=replace(THRASH, overtaken=1)), "G6.order"),
     ],
 )

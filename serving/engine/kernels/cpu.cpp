@@ -154,6 +154,25 @@ inline void write_value(bf16* block, const bf16* value, int64_t d, int64_t at) {
   for (int64_t i = 0; i < d; ++i) to[2 * i] = value[i];
 }
 
+// out[j] = sum over positions of weights[j] * values / total[j], for 16 * PARTS dimensions from `c` on. pairs: of positions.
+template <int QUERIES, int PARTS>
+void mix(const bf16* weights, int64_t width, const bf16* pairs, int64_t d, const float* total, bf16* const* out, int64_t c) {
+  __m512 sums[QUERIES][PARTS];
+  for (int j = 0; j < QUERIES; ++j)
+    for (int k = 0; k < PARTS; ++k) sums[j][k] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < width / 2; ++p, pairs += 2 * d) {
+    __m512bh value[PARTS];
+    for (int k = 0; k < PARTS; ++k) value[k] = load_pairs(pairs + k * 2 * LANES);
+    for (int j = 0; j < QUERIES; ++j) {
+      const __m512bh weight = both(weights + j * width + 2 * p);
+      for (int k = 0; k < PARTS; ++k) sums[j][k] = _mm512_dpbf16_ps(sums[j][k], value[k], weight);
+    }
+  }
+  for (int j = 0; j < QUERIES; ++j)
+    for (int k = 0; k < PARTS; ++k)
+      store16(out[j] + c + k * LANES, _mm512_mul_ps(sums[j][k], _mm512_set1_ps(1.0f / total[j])));
+}
+
 // Attend from QUERIES queries of one key head to the cached keys; query j sees positions first[j]..last[j].
 template <int QUERIES>
 void attend_block(const bf16* const* q, bf16* const* out, const bf16* keys, const bf16* values, const int64_t* last,
@@ -202,25 +221,16 @@ void attend_block(const bf16* const* q, bf16* const* out, const bf16* keys, cons
     }
     total[j] = _mm512_reduce_add_ps(sum);
   }
-  for (int64_t c = 0; c < d; c += 2 * LANES) {
-    const bool two = c + LANES < d;
-    __m512 low[QUERIES], high[QUERIES];
-    for (int j = 0; j < QUERIES; ++j) low[j] = high[j] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < width / 2; ++p) {
-      const bf16* pair = values + (from * KEY_BLOCK / 2 + p) * d * 2 + 2 * c;
-      const __m512bh v0 = load_pairs(pair);
-      const __m512bh v1 = two ? load_pairs(pair + 2 * LANES) : v0;
-      for (int j = 0; j < QUERIES; ++j) {
-        const __m512bh w = both(weights + j * width + 2 * p);
-        low[j] = _mm512_dpbf16_ps(low[j], v0, w);
-        high[j] = _mm512_dpbf16_ps(high[j], v1, w);
-      }
-    }
-    for (int j = 0; j < QUERIES; ++j) {
-      const __m512 share = _mm512_set1_ps(1.0f / total[j]);
-      store16(out[j] + c, _mm512_mul_ps(low[j], share));
-      if (two) store16(out[j] + c + LANES, _mm512_mul_ps(high[j], share));
-    }
+  // As many dimensions at a time as registers hold: values then pass through once.
+  constexpr int PARTS = QUERIES <= 4 ? 4 : 2;
+  for (int64_t c = 0; c < d; c += PARTS * LANES) {
+    const int64_t parts = std::min<int64_t>(PARTS, (d - c) / LANES);
+    const bf16* pair = values + from * KEY_BLOCK * d + 2 * c;
+    if (parts == PARTS)
+      mix<QUERIES, PARTS>(weights, width, pair, d, total, out, c);
+    else
+      for (int64_t part = 0; part < parts; ++part)
+        mix<QUERIES, 1>(weights, width, pair + part * 2 * LANES, d, total, out, c + part * LANES);
   }
 }
 

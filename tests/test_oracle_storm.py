@@ -34,7 +34,8 @@ def _storm(shelf: Shelf, total: int, kill_every: int) -> None:
     assert storm.happened["reused tokens"] > total
     # Back to the baseline (C8).
     assert (beat.running, beat.waiting, beat.loading, beat.kv_tokens_used) == (0, 0, 0, 0)
-    assert [slot.digest for slot in beat.slots if slot.leases] == []  # an engine that was just killed holds no slots yet
+    # An engine that was just killed holds no slots yet.
+    assert [slot.digest for slot in beat.slots if slot.leases] == []
 
 
 def test_ten_thousand_requests_over_oracles_get_only_their_own_digests_answers(shelf: Shelf) -> None:

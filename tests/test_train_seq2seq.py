@@ -30,7 +30,8 @@ from tests.test_proof_engine import Blind, planted, refusal
 from tests.tiny_base import SPECIALS, save_random_seq2seq
 from tests.tiny_base import VOCAB as BYTES
 from tests.train_case import WORDS, TrainCase, train_case
-from train import data, job, loop, models, pairs
+from train import child, data, evaluate, job, loop, models, pairs
+from train.asked import check_lengths
 from train.data import Row, RowSet
 from train.golden import ANSWER_TOKENS, PROMPT_TOKENS, TOLERANCE
 from train.progress import Quiet
@@ -202,6 +203,21 @@ def test_the_other_adapters_weights_under_its_name_are_set_aside_before_an_answe
     alone = trained.engine()
     assert case.answers[wrong].ids == []
     assert case.answer(neighbour) == alone.answer(alone.submit(prompt, other.digest))
+
+
+def test_an_evaluation_counts_a_prompt_without_its_answer_and_knows_that_t5_has_no_bound(
+    trained: Trained, base: Path
+) -> None:
+    """A T5, which has no bound of positions, was taken for one without any room, and nothing could be evaluated."""
+    rows = [Row("rows#1", (Message("user", "x" * 40), Message("assistant", "y")))]
+    formats, renderer = [PromptFormat(style="text")], Renderer(base)
+    check_lengths(rows, formats, renderer, 60, 40, apart=True)
+    with pytest.raises(DataRefused, match="rows#1, has 40 tokens, and 39 is the most"):
+        check_lengths(rows, formats, renderer, 60, 39, apart=True)
+    with pytest.raises(DataRefused, match="with 60 for the answer 99 is the most"):
+        check_lengths(rows, formats, renderer, 60, 99)
+    room = evaluate._context(trained.base, trained.case.home, None)
+    assert room == (child.CONTEXT_TOKENS if trained.base.family == "t5" else 128)
 
 
 def test_a_run_longer_than_the_base_has_positions_is_refused(trained: Trained) -> None:

@@ -18,7 +18,7 @@ from serving.engine.proof import Proofs
 from serving.engine.request import Failed, Finished, Moved, Pin, Warm
 from serving.engine.runner import Runner
 from serving.timing import engine_s, spans
-from tests.engine_case import MAX_LEN, EngineCase, load_tiny, read_peft
+from tests.engine_case import EngineCase, load_tiny, read_peft
 from tests.tiny_base import Oracle, save_adapter, save_tiny_base
 
 PROMPT = [1, 72, 104, 111, 35, 72]
@@ -178,30 +178,6 @@ def test_another_adapters_weights_in_the_slot_fail_the_golden_rows_before_anybod
     refused = refusal(case, case.submit(PROMPT, "a"))
     assert refused.code == "adapter_quarantined"
     assert refused.retry_after_s is not None
-
-
-def test_what_an_overflow_left_in_a_spare_row_is_not_held_against_the_next_adapter(bench: Bench) -> None:
-    """Masked keys weigh nothing, and nothing times NaN is NaN: the next golden row there was found wanting."""
-
-    def read(digest: str) -> HostAdapter:
-        adapter = bench.read(digest)
-        if digest == "a":
-            pairs = {m: (x, torch.full_like(y, 1e38)) for m, (x, y) in adapter.pairs.items()}
-            return replace(adapter, pairs=pairs, golden=(GoldenRow(tuple(range(5, 65)), (7, 8, 9), 0.01),))
-        return adapter
-
-    case = bench.case(read=read, spare=1)
-    case.engine._prover = Blind()
-    assert refusal(case, case.submit(PROMPT, "a")).message == Doubt.GOLDEN_MISMATCH.value
-    assert case.answer(case.submit(PROMPT, "b")) == bench.expected("b")
-
-
-def test_rows_that_this_engine_has_no_room_for_are_passed_over(bench: Bench) -> None:
-    """They were taken for a mismatch: an engine with a shorter context set good adapters aside."""
-    long = GoldenRow((5,) * (MAX_LEN - 1), (1, 2), 0.0)
-    case = bench.case(read=lambda digest: replace(bench.read(digest), golden=(long, *bench.golden["a"])))
-    assert case.answer(case.submit(PROMPT, "a")) == bench.expected("a")
-    assert case.engine.heartbeat().set_aside == ()
 
 
 def test_golden_rows_are_replayed_after_each_swap_one_in_turn(bench: Bench) -> None:

@@ -75,8 +75,8 @@ class RowPlan:
     candidates: of a beam search, how many of the likeliest tokens are wanted; feed: the token that its decode row
     goes on from, since hypotheses change rows, or that of a golden row. targets: where the prompt's log-probabilities
     are wanted, the token that follows each of `tokens` but the first `skipped`; the prompt's last token has none. Of an
-    encoder-decoder, the one token that follows what its decoder is fed. prompt and output are there only where penalties
-    or bans look back.
+    encoder-decoder, the one token that follows what its decoder is fed. prompt and output are there only where
+    penalties or bans look back.
     """
 
     key: Key

@@ -26,6 +26,17 @@ _EMBEDDING_OF: Mapping[str, tuple[str, str]] = {
 }
 
 
+def decoder_start(start: int | None, forced: int | None) -> tuple[int, ...]:
+    """What the decoder of an encoder-decoder is fed before an answer: the base's start, and what every generation must
+    begin with (BART-large-CNN), if there is such a token; neither is part of the answer.
+
+    Raises BaseUnsupported when the base names no start.
+    """
+    if start is None:
+        raise BaseUnsupported("the base does not say with which token its decoder starts")
+    return (start,) if forced is None else (start, forced)
+
+
 def check_family(family: str) -> None:
     """Raises BaseUnsupported when no runner of ours computes this family."""
     if family not in FAMILIES:

@@ -62,12 +62,17 @@ def read_golden(data: bytes) -> tuple[GoldenRow, ...]:
         raise _bad(str(error)) from None
 
 
-def check_golden(rows: Sequence[GoldenRow], *, vocab_size: int, max_positions: int) -> None:
-    """Whether rows can be replayed on a base. max_positions 0: no bound. Raises AdapterRefused(golden_rows)."""
+def check_golden(rows: Sequence[GoldenRow], *, vocab_size: int, max_positions: int, apart: bool) -> None:
+    """Whether rows can be replayed on a base. max_positions 0: no bound.
+
+    apart: whether it reads a prompt and writes its answer in places of their own, as an encoder-decoder does. Raises
+    AdapterRefused(golden_rows).
+    """
     for row in rows:
         if max(*row.prompt, *row.expected) >= vocab_size:
             raise _bad(f"a token id is not of this base's vocabulary, which has {vocab_size}")
-        if max_positions and len(row.prompt) + len(row.expected) > max_positions:
+        lengths = len(row.prompt), len(row.expected)
+        if max_positions and (max(lengths) if apart else sum(lengths)) > max_positions:
             raise _bad(f"a row is longer than this base's {max_positions} positions")
 
 

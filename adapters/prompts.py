@@ -173,10 +173,11 @@ class Renderer:
         # The template writes the special tokens itself.
         return self.encode(str(rendered), add_special_tokens=False)
 
-    def examples(self, messages: Sequence[Message], fmt: PromptFormat) -> list[Example]:
+    def examples(self, messages: Sequence[Message], fmt: PromptFormat, *, apart: bool = False) -> list[Example]:
         """Training sequences of a conversation: every assistant turn, ended by the end-of-text token, counts.
 
-        One sequence where each turn's prompt continues the ids before it, else one sequence per assistant turn.
+        One sequence where each turn's prompt continues the ids before it, else one sequence per assistant turn, as
+        always for an encoder-decoder (apart): it reads the whole conversation before it writes.
         Raises InvalidRequest when no assistant turn is there.
         """
         found: list[Example] = []
@@ -189,7 +190,7 @@ class Renderer:
             answer = self.encode(message.content, add_special_tokens=False)
             if self.eos_token_id is not None:
                 answer.append(self.eos_token_id)
-            if prompt[: len(ids)] != ids:
+            if ids and (apart or prompt[: len(ids)] != ids):
                 found.append(Example(tuple(ids), tuple(loss)))
                 ids, loss = [], []
             loss += [False] * (len(prompt) - len(ids)) + [True] * len(answer)

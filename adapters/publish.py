@@ -347,13 +347,8 @@ def _format_of(data: bytes) -> PromptFormat:
 
 def _golden_of(data: bytes, base: BaseRecord) -> tuple[GoldenRow, ...]:
     rows = read_golden(data)
-    if rows and base.family in ENCODER_DECODERS:
-        raise AdapterRefused(
-            Reason.GOLDEN_ROWS,
-            f"golden rows are replayed as one text with its answer, and {base.name} is an encoder-decoder; leave "
-            f"{GOLDEN_FILE} out",
-        )
-    check_golden(rows, vocab_size=base.vocab_size, max_positions=base.max_positions)
+    apart = base.family in ENCODER_DECODERS
+    check_golden(rows, vocab_size=base.vocab_size, max_positions=base.max_positions, apart=apart)
     return rows
 
 

@@ -25,6 +25,8 @@ from serving.engine.reading import load_decoder
 from serving.engine.request import EngineFacts, Event, Failed, Finished, Keep, Moved, Sampling, Submit, Tokens, Told
 from serving.engine.runner import DecoderRunner, Runner, make_slots
 from serving.engine.scheduler import Scheduler
+from serving.engine.seq2seq import EncoderDecoder
+from serving.engine.seq2seq_runner import Seq2SeqRunner
 from serving.engine.slot_probe import slot_probe
 from serving.engine.slots import SlotTable
 from serving.loader import HostTier
@@ -59,7 +61,7 @@ class EngineCase:
 
     def __init__(
         self,
-        decoder: Decoder,
+        base: Decoder | EncoderDecoder,
         *,
         rows: int = 8,
         slots: int = 4,
@@ -88,12 +90,23 @@ class EngineCase:
             wake=self._woken.set,
             now=self.now,
         )
-        limits = Limits(MAX_LEN, queue_limit, chunk, 4 * chunk, patience_s, prefix_reuse=prefix_reuse)
-        self.scheduler = Scheduler(limits, self.rows, self.slots, self.host, frozenset(decoder.stop_token_ids))
-        device_slots = device_slots or make_slots(decoder, slots, max_rank)
-        runner = DecoderRunner(decoder, rows, device_slots, spare=spare)
+        length, answer, forced = MAX_LEN, 0, 0
+        if isinstance(base, EncoderDecoder):
+            length, answer, forced = base.max_input, base.max_answer, base.forced_tokens
+        limits = Limits(
+            length, queue_limit, chunk, 4 * chunk, patience_s, answer, prefix_reuse=prefix_reuse, forced_tokens=forced
+        )
+        self.scheduler = Scheduler(limits, self.rows, self.slots, self.host, frozenset(base.stop_token_ids))
+        device_slots = device_slots or make_slots(base, slots, max_rank)
+        runner = (
+            Seq2SeqRunner(base, rows, device_slots, spare)
+            if isinstance(base, EncoderDecoder)
+            else DecoderRunner(base, rows, device_slots, spare=spare)
+        )
         self.runner = wrap(runner)
-        facts = EngineFacts("tiny", "0" * 64, "llama", MAX_LEN, rows, slots, max_rank, "float32", "cpu", (2,))
+        facts = EngineFacts(
+            "tiny", "0" * 64, "llama", length, rows, slots, max_rank, "float32", "cpu", (2,), max_answer_len=answer
+        )
         self.engine = Engine(
             facts,
             self.runner,
@@ -105,7 +118,7 @@ class EngineCase:
             queue_limit=queue_limit,
             probe_after_s=5.0,
             now=self.now,
-            prover=slot_probe(decoder, device_slots, runner.logits, rows, spare),
+            prover=slot_probe(base, device_slots, runner.logits, rows, spare),
         )
 
     def now(self) -> float:

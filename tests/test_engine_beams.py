@@ -95,8 +95,8 @@ class Search:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("beams")
     t5 = request.param == "t5"
-    config = T5Config(**{**T5, "num_decoder_layers": 2}) if t5 else BartConfig(**{**BART, "forced_bos_token_id": 5})
-    base = save_random_seq2seq(config, folder / "base", seed=3)
+    config = T5Config(**{**T5, "num_decoder_layers": 2}) if t5 else BartConfig(**BART)
+    base = save_random_seq2seq(config, folder / "base", seed=3, forced=None if t5 else 5)
     return base, save_adapter(base, folder / "a", 1, ["q", "v"] if t5 else ["q_proj", "v_proj"])
 
 

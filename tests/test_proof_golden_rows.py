@@ -84,11 +84,37 @@ def test_bytes_that_are_no_rows_are_refused_by_name(data: bytes) -> None:
     assert refusal.value.reason is Reason.GOLDEN_ROWS
 
 
-def test_an_encoder_decoder_takes_no_golden_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "fits"),
+    [
+        ({"prompt": [1] * 250, "expected": [1] * 30}, True),  # 256 positions for the one, and 256 for the other
+        ({"prompt": [1] * 41, "expected": [1]}, False),
+        ({"prompt": [1], "expected": [1] * 32}, False),
+        ({"prompt": [1], "expected": [320]}, False),
+        ({"prompt": [320], "expected": [1]}, False),
+    ],
+)
+def test_an_encoder_decoder_has_positions_for_prompt_and_answer_each(
+    tmp_path: Path, row: dict[str, list[int]], fits: bool
+) -> None:
     registry = Registry.open(Home.find(tmp_path / "home"))
-    registry.add_base(base_record("tiny", family="t5"))
-    with pytest.raises(AdapterRefused, match="encoder-decoder"):
-        registry.publish("summarize", with_rows(ROW), who="test")
+    registry.add_base(base_record("tiny", family="bart", max_positions=256 if fits else 31))
+    rows = with_rows({**row, "tolerance": 0.5})
+    if fits:
+        assert registry.publish("summarize", rows, who="test").facts["golden_rows"] == 1
+    else:
+        with pytest.raises(AdapterRefused) as refusal:
+            registry.publish("summarize", rows, who="test")
+        assert refusal.value.reason is Reason.GOLDEN_ROWS
+    registry.close()
+
+
+def test_a_base_without_positions_takes_rows_of_any_length(tmp_path: Path) -> None:
+    """T5 counts distances."""
+    registry = Registry.open(Home.find(tmp_path / "home"))
+    registry.add_base(base_record("tiny", family="t5", max_positions=0))
+    rows = with_rows({"prompt": [1] * 256, "expected": [1] * 32, "tolerance": 0.5})
+    assert registry.publish("summarize", rows, who="test").facts["golden_rows"] == 1
     registry.close()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,7 +60,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(base, tmp_path_factory.mktemp("lora") / "a", 1, targets=("q", "v", "wo"), seq2seq=True)
+    folder = save_adapter(base, tmp_path_factory.mktemp("lora") / "a", 1, targets=("q", "v", "wo"), seq2seq=True)
+    tuned = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), folder).eval()
+    prompt = Renderer(base).encode("ba lo mi")
+    row = {"prompt": prompt, "expected": greedy(tuned, prompt, 6), "tolerance": 0.01}
+    (folder / "golden_rows.json").write_text(json.dumps([row]))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +142,24 @@ def test_a_beam_search_answers_as_transformers_does_and_says_what_it_cannot(
         ):
             refused = client.post("/v1/completions", json={**body, **more})
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+def test_golden_rows_are_replayed_before_anybody_is_answered(
+    server: LiveServer, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    odd = Path(shutil.copytree(adapter, tmp_path / "odd"))
+    (row,) = json.loads((odd / "golden_rows.json").read_text())
+    row["expected"][-1] = (row["expected"][-1] + 1) % 128
+    (odd / "golden_rows.json").write_text(json.dumps([row]))
+    done = server.cli("adapters", "publish", "odd", str(odd), "--json")
+    assert done.returncode == 0, done.stderr
+    body = {"prompt": "ba lo mi", "max_tokens": 6, "temperature": 0}
+    with server.client() as client:
+        refused = client.post("/v1/completions", json={"model": "odd@1", **body})
+        assert (refused.status_code, error_body(refused)["code"]) == (503, "adapter_quarantined"), refused.text
+        assert "golden_mismatch" in error_body(refused)["message"]
+        good = client.post("/v1/completions", json={"model": "sum", **body})
+        assert good.status_code == 200, good.text
 
 
 def test_the_openai_sdk_streams_and_counts(server: LiveServer) -> None:

@@ -56,11 +56,14 @@ def save_random(config: PretrainedConfig, folder: Path, seed: int) -> Path:
     return _save(AutoModelForCausalLM.from_config(config), folder)
 
 
-def save_random_seq2seq(config: PretrainedConfig, folder: Path, seed: int) -> Path:
-    """Save a random encoder-decoder of a configuration, with the byte tokenizer."""
+def save_random_seq2seq(config: PretrainedConfig, folder: Path, seed: int, forced: int | None = None) -> Path:
+    """Save a random encoder-decoder, with the byte tokenizer. forced: the token that each answer begins with."""
     torch.manual_seed(seed)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    # The configuration's own forced_bos_token_id is not saved any more: generation has a configuration of its own.
+    model.generation_config.forced_bos_token_id = forced
     # T5 does not scale its scores: wider weights saturate them, and float32 then decides at random.
-    return _save(AutoModelForSeq2SeqLM.from_config(config), folder, width=0.1)
+    return _save(model, folder, width=0.1)
 
 
 def _save(model: PreTrainedModel, folder: Path, width: float = 0.2) -> Path:

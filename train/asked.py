@@ -108,11 +108,17 @@ def is_own_set(question: Question, subject: Subject, digest: str) -> bool:
 
 
 def check_lengths(
-    rows: Sequence[Row], formats: Sequence[PromptFormat], renderer: PromptRenderer, max_tokens: int, limit: int
+    rows: Sequence[Row],
+    formats: Sequence[PromptFormat],
+    renderer: PromptRenderer,
+    max_tokens: int,
+    limit: int,
+    *,
+    apart: bool = False,
 ) -> None:
     """Raise DataRefused, with the row, unless every prompt in every format leaves room for max_tokens of limit tokens.
 
-    Also where the base's chat template refuses a row.
+    apart: an encoder-decoder's answer takes no room of its prompt. Also where the base's chat template refuses a row.
     """
     lengths: list[tuple[int, Row]] = []
     for row in rows:
@@ -120,13 +126,14 @@ def check_lengths(
             lengths.append((max(len(renderer.chat(row.prompt, fmt)) for fmt in formats), row))
         except InvalidRequest as error:
             raise DataRefused(f"row {row.id} cannot be asked: {error}") from error
-    too_long = [(length, row) for length, row in lengths if length + max_tokens > limit]
+    too_long = [(length, row) for length, row in lengths if length + (0 if apart else max_tokens) > limit]
     if too_long:
         length, row = max(too_long, key=lambda pair: pair[0])
+        answer = "" if apart else f"with {max_tokens} for the answer "
         raise DataRefused(
-            f"{len(too_long)} of {len(rows)} rows are too long; the longest, {row.id}, has {length} tokens, and with "
-            f"{max_tokens} for the answer {limit} is the most that the server holds. Leave such rows out "
-            f"(data.max_chars in the run does), or lower --max-tokens"
+            f"{len(too_long)} of {len(rows)} rows are too long; the longest, {row.id}, has {length} tokens, and "
+            f"{answer}{limit} is the most that the server holds. Leave such rows out (data.max_chars in the run does)"
+            f"{'' if apart else ', or lower --max-tokens'}"
         )
 
 

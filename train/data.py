@@ -114,17 +114,17 @@ def evaluation_rows(spec: DataSpec, home: Home, limit: int | None = None) -> Row
     return RowSet(f"{_title(spec)}/test", tuple(rows), repeated=len(tested) - len(distinct))
 
 
-def render(rows: RowSet, renderer: Renderer, fmt: PromptFormat, max_length: int) -> ExampleSet:
+def render(rows: RowSet, renderer: Renderer, fmt: PromptFormat, max_length: int, *, apart: bool = False) -> ExampleSet:
     """Token ids and loss masks, by the code that serving renders with.
 
-    Sequences beyond max_length are cut at the end. Raises DataRefused when that, or an empty answer, leaves a sample
-    without a token to learn from.
+    Sequences beyond max_length are cut at the end. apart: for an encoder-decoder. Raises DataRefused when that, or an
+    empty answer, leaves a sample without a token to learn from, or an encoder without one to read.
     """
     found: list[Example] = []
     truncated = 0
     for row in rows.rows:
         try:
-            rendered = renderer.examples(row.messages, fmt)
+            rendered = renderer.examples(row.messages, fmt, apart=apart)
         except InvalidRequest as error:
             raise DataRefused(f"{rows.name}: row {row.id}: {error}") from error
         for example in rendered:
@@ -134,6 +134,10 @@ def render(rows: RowSet, renderer: Renderer, fmt: PromptFormat, max_length: int)
                 raise DataRefused(
                     f"{rows.name}: row {row.id} has no answer token within max_length {max_length} (it has "
                     f"{len(example.ids)} tokens); raise max_length, or leave long prompts out with data.max_chars"
+                )
+            if apart and cut.loss[0]:
+                raise DataRefused(
+                    f"{rows.name}: row {row.id} has a prompt without a token; an encoder needs one to read"
                 )
             found.append(cut)
     return ExampleSet(tuple(found), truncated)

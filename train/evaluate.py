@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from adapters.errors import RecordNotFound
+from adapters.families import ENCODER_DECODERS
 from adapters.gate import decide, rival_of
 from adapters.home import Home
 from adapters.options import version_of
@@ -69,7 +71,8 @@ def evaluate(question: Question, home: Home, url: str | None, reporter: Reporter
     renderer = renderer_of(home, subject.base)
     if renderer is not None:
         formats = [v.prompt_format for v in (subject.version, subject.champion) if v is not None]
-        check_lengths(rows.rows, formats, renderer, max_tokens, _context(subject.base, home, url))
+        apart = subject.base.family in ENCODER_DECODERS
+        check_lengths(rows.rows, formats, renderer, max_tokens, _context(subject.base, home, url), apart=apart)
     with server_for(home, url, subject.base.name, reporter) as address:
         reporter.say(f"{', '.join(s.model for s in systems)} on {len(rows.rows)} rows of {rows.name} at {address}")
         given = answers.collect(rows.rows, systems, answers.Ask(address, _key(), max_tokens), reporter)
@@ -175,7 +178,8 @@ def verdict(door: RegistryDoor, subject: Subject, report: Report, question: Ques
 def _context(base: BaseRecord, home: Home, url: str | None) -> int:
     """The most tokens that whoever answers can hold: of a server that runs already the base's own bound is known."""
     running = url is not None or home.server() is not None
-    return base.max_positions if running else min(base.max_positions, child.CONTEXT_TOKENS)
+    positions = base.max_positions or sys.maxsize  # T5 has no bound of its own
+    return positions if running else min(positions, child.CONTEXT_TOKENS)
 
 
 def stored(which: str, home: Home, url: str | None) -> Evaluated:

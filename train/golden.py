@@ -16,6 +16,7 @@ import torch
 
 from adapters.golden import GOLDEN_FILE, MAX_ROWS, GoldenRow, golden_to_json
 from adapters.prompts import Example
+from train.models import begin_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,12 +51,13 @@ def golden_rows(
     The model computes as it was trained, bf16 or not, and is left in evaluation mode.
     """
     model.eval()
+    begin = begin_of(model)
     found: list[tuple[float, GoldenRow]] = []
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
         for prompt in _prompts(examples) if most else ():
-            answer = _greedy(model, prompt, ends)
+            answer = _greedy(model, begin, prompt, ends)
             with model.disable_adapter():
-                gap = _gap(model, prompt, answer)
+                gap = _gap(model, begin, prompt, answer)
             found.append((gap, GoldenRow(prompt, answer, TOLERANCE)))
     found.sort(key=lambda pair: -pair[0])
     return Golden(tuple(row for _, row in found[:most]), found[0][0] if found else 0.0)
@@ -75,22 +77,29 @@ def _prompts(examples: Sequence[Example]) -> list[tuple[int, ...]]:
     return sorted((p for p in prompts if p), key=lambda p: (len(p), p))[:LOOKED_AT]
 
 
-def _greedy(model: PeftModel, prompt: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
+def _greedy(model: PeftModel, begin: tuple[int, ...], prompt: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
     """The likeliest next tokens, an end of text included. Computed anew for each: the rows are few and short."""
     answer: list[int] = []
     while len(answer) < ANSWER_TOKENS and not (answer and answer[-1] in ends):
-        answer.append(int(_logits(model, [*prompt, *answer])[-1].argmax()))
+        answer.append(int(_logits(model, begin, prompt, answer)[-1].argmax()))
     return tuple(answer)
 
 
-def _gap(model: PeftModel, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
+def _gap(model: PeftModel, begin: tuple[int, ...], prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
     """The most, over the answer's tokens, that one is less likely than the likeliest in its place, in nats."""
-    logits = _logits(model, [*prompt, *answer])[len(prompt) - 1 : -1].float()
+    logits = _logits(model, begin, prompt, answer)[:-1].float()
     chosen = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
     return float((logits.amax(dim=1) - chosen).amax())
 
 
-def _logits(model: PeftModel, ids: Sequence[int]) -> torch.Tensor:
-    """(tokens, vocabulary)."""
-    logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits
-    return logits[0]
+def _logits(model: PeftModel, begin: tuple[int, ...], prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+    """(1 + answer tokens, vocabulary): what follows the prompt, and what follows each token of the answer.
+
+    begin: see `begin_of`.
+    """
+    inputs = (
+        {"input_ids": prompt, "decoder_input_ids": [*begin, *answer]} if begin else {"input_ids": [*prompt, *answer]}
+    )
+    ids = {name: torch.tensor([list(row)], device=model.device) for name, row in inputs.items()}
+    logits: torch.Tensor = model(**ids, use_cache=False).logits
+    return logits[0, -1 - len(answer) :]

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from adapters.bases import open_base
 from adapters.errors import Cancelled, DataRefused, LoraplaneError, ModelNotFound, RunInvalid
-from adapters.families import check_family
+from adapters.families import ENCODER_DECODERS, check_family
 from adapters.home import Home
 from adapters.prompts import Renderer
 from adapters.records import AdapterVersion, BaseRecord
@@ -123,7 +123,8 @@ def prepare(run: TrainRun, home: Home, door: RegistryDoor) -> Prepared:
             raise
         held_out = None  # nothing to evaluate on, and nothing asks for it
     renderer = Renderer(folder)
-    examples = data.render(rows, renderer, run.prompt_format.record(), run.max_length)
+    apart = base.family in ENCODER_DECODERS
+    examples = data.render(rows, renderer, run.prompt_format.record(), run.max_length, apart=apart)
     batches = plan(
         [len(e.ids) for e in examples.examples],
         epochs=run.optim.epochs,

@@ -8,9 +8,10 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -23,15 +24,17 @@ from adapters.errors import RunInvalid
 from adapters.prompts import Example
 from adapters.records import PromptFormat
 from adapters.runs import TrainRun
-from train import checkpoints
+from train import checkpoints, pairs
 from train.batching import Plan, padded
 from train.checks import warmup_steps
+from train.models import begin_of
+from train.pairs import IGNORED
 from train.progress import Reporter
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-IGNORED = -100  # the label of a token that does not count, as torch and transformers have it
+Batch = dict[str, Any]
 _FINAL_STEPS = 10  # the loss reported as final is the mean of so many last steps
 
 
@@ -77,21 +80,23 @@ class Fit:
     stopped: bool
 
 
-class Steps(torch.utils.data.Dataset[dict[str, Any]]):
-    """The planned batches as tensors, one item a step, padded on the left so that the answers' ends line up."""
+class Steps(torch.utils.data.Dataset[Batch]):
+    """The planned batches as tensors, one item a step."""
 
-    def __init__(self, plan: Plan, examples: Sequence[Example], pad_id: int) -> None:
-        self._plan, self._examples, self._pad_id = plan, examples, pad_id
+    def __init__(self, plan: Plan, examples: Sequence[Example], make: Callable[[Sequence[Example]], Batch]) -> None:
+        self._plan, self._examples, self._make = plan, examples, make
 
     def __len__(self) -> int:
         return len(self._plan.batches)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return collate([self._examples[i] for i in self._plan.batches[index]], self._pad_id)
+    def __getitem__(self, index: int) -> Batch:
+        return self._make([self._examples[i] for i in self._plan.batches[index]])
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
-    """One batch. input_ids, attention_mask, position_ids, labels: (B, T) int64; logits_to_keep: int.
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """One batch of a decoder. input_ids, attention_mask, position_ids, labels: (B, T) int64; logits_to_keep: int.
+
+    Padded on the left so that the answers' ends line up.
 
     labels[b, t] is the token at t where it counts in the loss, else IGNORED. logits_to_keep: how many last positions
     hold every logit that the loss needs; with a large vocabulary, the others would cost as much as the whole model.
@@ -117,6 +122,8 @@ def completion_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.T
 
     Equal to the model's own loss on the same labels, without the logits of the prompts.
     """
+    if "decoder_input_ids" in batch:
+        return pairs.answer_loss(model, batch)
     keep = int(batch["logits_to_keep"])
     output = model(
         input_ids=batch["input_ids"],
@@ -152,10 +159,13 @@ def fit(
     """
     done = 0 if resume_from is None else checkpoints.step_of(resume_from)
     total = len(plan.batches)
+    begin = begin_of(model)
+    # An encoder-decoder has prompts and answers apart, each within max_length and so within its positions.
+    make = partial(pairs.collate, begin=begin, most=run.max_length) if begin else collate
     trainer = _Trainer(
         model=model,
         args=_arguments(run, place, total),
-        train_dataset=Steps(plan, examples, pad_id),
+        train_dataset=Steps(plan, examples, partial(make, pad_id=pad_id)),
         data_collator=_only,
     )
     trainer.place, trainer.bf16, trainer.keep = place, bf16, run.checkpoint.keep

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from adapters.errors import BaseUnsupported, ExtraMissing, RunInvalid
+from adapters.families import decoder_start
 from adapters.runs import LoraSpec
 
 if TYPE_CHECKING:
@@ -41,12 +42,12 @@ def load_with_lora(folder: Path, lora: LoraSpec, *, bf16: bool, max_length: int,
     """The base of a saved folder, frozen, with a new adapter whose first values the seed decides.
 
     The adapter's own weights stay float32, whatever the base computes in: small updates would be lost in bfloat16.
-    Raises BaseUnsupported when it is no causal model, RunInvalid when the targets fit none of its modules.
+    Raises BaseUnsupported when it is no language model, RunInvalid when the targets fit none of its modules.
     """
     try:
         import peft
         from peft.tuners.tuners_utils import BaseTunerLayer
-        from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
         from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise ExtraMissing("train", "training") from error
@@ -57,8 +58,10 @@ def load_with_lora(folder: Path, lora: LoraSpec, *, bf16: bool, max_length: int,
         raise RunInvalid(f"max_length {max_length} exceeds the base's {positions} positions")
     # On a CPU the plain formula is half again as fast as the fused kernel for short sequences, backward included.
     attention = "eager" if not torch.cuda.is_available() and max_length <= _EAGER_LENGTH else "sdpa"
+    apart = bool(config.is_encoder_decoder)
+    kind = AutoModelForSeq2SeqLM if apart else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             folder,
             dtype=torch.bfloat16 if bf16 else torch.float32,
             attn_implementation=attention,
@@ -70,7 +73,7 @@ def load_with_lora(folder: Path, lora: LoraSpec, *, bf16: bool, max_length: int,
     set_seed(seed)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if apart else "CAUSAL_LM",
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         lora_dropout=lora.dropout,
@@ -87,3 +90,14 @@ def load_with_lora(folder: Path, lora: LoraSpec, *, bf16: bool, max_length: int,
             # the inputs to the weights' format instead, which is slower.
             module.cast_input_dtype_enabled = False
     return adapted
+
+
+def begin_of(model: PeftModel) -> tuple[int, ...]:
+    """What the decoder of an encoder-decoder is fed before an answer; nothing where prompt and answer are one text.
+
+    Raises BaseUnsupported when the base names no start.
+    """
+    config = model.config
+    if not config.is_encoder_decoder:
+        return ()
+    return decoder_start(config.decoder_start_token_id, getattr(model.generation_config, "forced_bos_token_id", None))

@@ -64,7 +64,7 @@ def build_engine(config: EngineConfig, sink: Sink) -> Engine:
         patience_s=config.patience_s,
         max_answer_len=max_answer_len,
         prefix_reuse=config.prefix_reuse,
-        forced_tokens=len(base.start_token_ids) - 1 if isinstance(base, EncoderDecoder) else 0,
+        forced_tokens=base.forced_tokens if isinstance(base, EncoderDecoder) else 0,
     )
     scheduler = Scheduler(limits, rows, slots, host, frozenset(base.stop_token_ids))
     facts = EngineFacts(
@@ -118,14 +118,14 @@ def _load(
     """The base, its runner, the longest answer of an encoder-decoder (0 for the others), what looks at slots, and
     these."""
     folder, length, rows = Path(config.base_folder), config.max_model_len, config.max_rows
+    # On the CPU a row that is never written costs nothing; on a device it costs as much as any other.
+    spare = MAX_ROWS if device.type == "cpu" else 1
     if config.family in ENCODER_DECODERS:
         both = load_encoder_decoder(folder, dtype, device, length)
         slots = make_slots(both, config.slots, config.max_rank)
-        reader = Seq2SeqRunner(both, rows, slots)
-        return both, reader, both.max_output, slot_probe(both, slots, reader.logits, rows, 0), slots
+        reader = Seq2SeqRunner(both, rows, slots, spare)
+        return both, reader, both.max_answer, slot_probe(both, slots, reader.logits, rows, spare), slots
     decoder = load_decoder(folder, dtype, device, length)
     slots = make_slots(decoder, config.slots, config.max_rank)
-    # On the CPU a row that is never written costs nothing; on a device it costs as much as any other.
-    spare = MAX_ROWS if device.type == "cpu" else 1
     runner = DecoderRunner(decoder, rows, slots, spare=spare)
     return decoder, runner, 0, slot_probe(decoder, slots, runner.logits, rows, spare), slots

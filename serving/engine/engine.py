@@ -55,7 +55,8 @@ class Engine:
         self._sink, self._now, self._begin = sink, now, begin
         self._queue_limit, self._probe_after_s = queue_limit, probe_after_s
         self._prover = prover or NoProver()
-        self._proofs: Proofs[HostAdapter] = Proofs(self._prover.spare_rows)
+        apart = bool(facts.max_answer_len)
+        self._proofs: Proofs[HostAdapter] = Proofs(self._prover.spare_rows, facts.room, apart)
         self._inbox: queue.SimpleQueue[tuple[Key, Submit | Cancel | Keep]] = queue.SimpleQueue()
         self._keeper = Keeper(scheduler, slots, host, install=self._install, clear=self._clear, unproven=self._unproven)
         self._work = threading.Event()
@@ -168,7 +169,7 @@ class Engine:
         out += self._show_effect()
         self._mark_proven()
         golden = self._proofs.rows(self._slots.slot_of, self._scheduler.prompt_room // 2)
-        plan = self._scheduler.plan(golden, self._proofs.pending)
+        plan = self._scheduler.plan(golden, self._proofs.pending, self._proofs.faulted())
         if plan.scrub or plan.copies:
             self._runner.tidy(plan)
         if plan.rows:

@@ -73,9 +73,10 @@ class RowPlan:
     token the runner sampled last for this row (so that a device may run one step ahead of the host).
     sample: whether the row yields a token. position: index of that token in the answer, part of the random key.
     candidates: of a beam search, how many of the likeliest tokens are wanted; feed: the token that its decode row
-    goes on from, since hypotheses change rows. targets: where the prompt's log-probabilities are wanted, the token
-    that follows each of `tokens` but the first `skipped`; the prompt's last token has none. prompt and output are there
-    only where penalties or bans look back.
+    goes on from, since hypotheses change rows, or that of a golden row. targets: where the prompt's log-probabilities
+    are wanted, the token that follows each of `tokens` but the first `skipped`; the prompt's last token has none. Of an
+    encoder-decoder, the one token that follows what its decoder is fed. prompt and output are there only where
+    penalties or bans look back.
     """
 
     key: Key

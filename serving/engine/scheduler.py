@@ -182,10 +182,13 @@ class Scheduler:
         decoding = sum(1 for s in self._running.values() if s.state is State.DECODE and not s.submit.shadow)
         return self._limits.prefill_budget(decoding)
 
-    def plan(self, golden: tuple[RowPlan, ...] = (), unproven: Collection[str] = ()) -> StepPlan:
+    def plan(
+        self, golden: tuple[RowPlan, ...] = (), unproven: Collection[str] = (), scrub: tuple[int, ...] = ()
+    ) -> StepPlan:
         """The next step: a token for every decoding row, and prompt chunks within the budget.
 
         golden: rows that ride along (see Proofs), within the budget too. unproven: adapters whose sequences wait.
+        scrub: rows of nobody that a fault spoilt.
         """
         rows = [
             row
@@ -204,7 +207,7 @@ class Scheduler:
             row = prefill_row(sequence, self._slot(sequence), self._eos, most)
             budget -= row.length
             rows.append(row)
-        scrub, self._tainted = tuple(self._tainted), []
+        scrub, self._tainted = (*scrub, *self._tainted), []
         copies, self._copies = tuple(self._copies), []
         # Decode rows first and by cache row: the runner reads the cache as one prefix.
         return StepPlan(tuple(sorted(rows, key=lambda r: (bool(r.tokens), r.row))), scrub, copies)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import BaseUnsupported
-from adapters.families import check_family
+from adapters.families import check_family, decoder_start
 from serving.engine.linear import FrozenLinear
 from serving.engine.lora import Site
 from serving.engine.ops import Activation, Norm, Ops, pick_ops
@@ -89,6 +89,16 @@ class EncoderDecoder:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def forced_tokens(self) -> int:
+        """How many tokens every answer begins with unseen."""
+        return len(self.start_token_ids) - 1
+
+    @property
+    def max_answer(self) -> int:
+        """How long an answer may be: what is forced takes room beside it."""
+        return self.max_output - self.forced_tokens
+
     def site_biases(self) -> list[Tensor | None]:
         """The bias of each site's fused linear, in the order of the sites."""
         found = {
@@ -148,12 +158,7 @@ class _Parts:
         return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
 
     def start_token_ids(self) -> tuple[int, ...]:
-        start = self.config.decoder_start_token_id
-        if start is None:
-            raise BaseUnsupported("the base does not say with which token its decoder starts")
-        # What a generation must begin with (BART-large-CNN) is fed like the start: it is no part of the answer.
-        forced = self.forced
-        return (int(start),) if forced is None else (int(start), int(forced))
+        return decoder_start(self.config.decoder_start_token_id, self.forced)
 
 
 def _t5(parts: _Parts, length: int) -> EncoderDecoder:

@@ -14,10 +14,10 @@ from serving.engine.extras import Extras
 from serving.engine.lora import HostAdapter, Slots
 from serving.engine.memory import lazy_zeros
 from serving.engine.ops import Norm
-from serving.engine.plan import FED_ALREADY, NO_SLOT, Key, RowPlan, StepPlan, StepResult
-from serving.engine.request import Sampling
+from serving.engine.plan import FED_ALREADY, NO_SLOT, Key, RowPlan, Sampled, StepPlan, StepResult
+from serving.engine.request import Sampling, TokenLogprob
 from serving.engine.row_attention import over_rows, span_of
-from serving.engine.sampling import sample
+from serving.engine.sampling import NOT_FINITE, sample, score
 from serving.engine.seq2seq import Block, EncoderDecoder, Linear, Stack, tokens_of
 
 _PROBE = Key((-1, -1))
@@ -25,25 +25,26 @@ _PROBE = Key((-1, -1))
 
 class Seq2SeqRunner:
     """T5 and BART on CPU or CUDA. A row has its encoder's keys and values for every decoder layer, and its own.
+    spare: cache rows behind the idle probe's, for golden rows.
 
     Cross keys and values: (rows, heads, max_input, dim); the decoder's own: (rows, heads, max_output, dim).
     """
 
-    def __init__(self, base: EncoderDecoder, rows: int, slots: Slots) -> None:
+    def __init__(self, base: EncoderDecoder, rows: int, slots: Slots, spare: int = 0) -> None:
         self._b, self._slots, self._probe_row = base, slots, rows
         self._extras = Extras(base.sites, base.site_biases(), base.device)
-        count = len(base.decoder.blocks)
+        layers, count = len(base.decoder.blocks), rows + 1 + spare
 
         def cache(length: int) -> list[Tensor]:
-            return [lazy_zeros((rows + 1, base.heads, length, base.dim), base.dtype, base.device) for _ in range(count)]
+            return [lazy_zeros((count, base.heads, length, base.dim), base.dtype, base.device) for _ in range(layers)]
 
         self._keys, self._values = cache(base.max_output), cache(base.max_output)
         self._cross_keys, self._cross_values = cache(base.max_input), cache(base.max_input)
-        self._read = [0] * (rows + 1)  # input tokens of each row
-        self._reading = [0] * (rows + 1)  # a number for each input that was encoded
+        self._read = [0] * count  # input tokens of each row
+        self._reading = [0] * count  # a number for each input that was encoded
         self._encoded = itertools.count(1)
-        self._written = [0] * (rows + 1)  # positions of each row's own cache
-        self._last = [0] * (rows + 1)
+        self._written = [0] * count  # positions of each row's own cache
+        self._last = [0] * count
 
     def install(self, slot: int, adapter: HostAdapter) -> None:
         """See Runner. Raises ValueError when the adapter's rank exceeds the slots' limit."""
@@ -79,10 +80,23 @@ class Seq2SeqRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """See Runner. A row with tokens must bring its whole input: the encoder reads both ways."""
-        sampled = sample(self.logits(plan), plan.rows, self._b.start_token_ids)
-        for row, found in zip(plan.rows, sampled, strict=True):
-            self._last[row.row] = found.token
-        return StepResult({row.row: s for row, s in zip(plan.rows, sampled, strict=True)})
+        logits = self.logits(plan)
+        wanted = [at for at, row in enumerate(plan.rows) if row.sample]
+        found: dict[int, Sampled] = {}
+        if wanted:
+            rows = [plan.rows[at] for at in wanted]
+            chosen = logits if len(rows) == len(plan.rows) else logits[wanted]
+            for row, sampled in zip(rows, sample(chosen, rows, self._b.start_token_ids), strict=True):
+                self._last[row.row], found[row.row] = sampled.token, sampled
+        scores: dict[int, tuple[TokenLogprob, ...]] = {}
+        for at, row in enumerate(plan.rows):
+            if row.targets:
+                scored = score(logits[at, None], row.targets, row.sampling.prompt_logprobs or 0)
+                if scored is None:
+                    found[row.row] = NOT_FINITE
+                else:
+                    scores[row.row] = tuple(scored)
+        return StepResult(found, scores)
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
@@ -94,7 +108,7 @@ class Seq2SeqRunner:
             self._read[row.row], self._written[row.row] = row.length, 0
             self._reading[row.row] = next(self._encoded)
         *forced, last = self._b.start_token_ids
-        for token in forced:
+        for token in forced if fresh else ():
             self._decode(fresh, [token] * len(fresh))
         return self._decode(plan.rows, [self._fed(row, last) for row in plan.rows])
 

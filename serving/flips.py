@@ -124,6 +124,21 @@ class Flips:
         self._in_background(self._free_later(standing))
         return Withdrawal(standing, None)
 
+    async def restore(self, name: str, number: int, *, who: str, reason: str) -> Standing:
+        """Bring a version back into service, at once: a drop that still waits for running answers is called off.
+
+        Raises InvalidRequest without a reason, ModelNotFound.
+        """
+        standings = self._registry.standings
+        standing = await asyncio.to_thread(standings.restore, name, number, who=who, reason=reason)
+        if standing.digest not in (await asyncio.to_thread(standings.decrees)).unwanted:
+            try:
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await self._warden.undrop(standing.digest)
+            except (TimeoutError, LoraplaneError) as error:  # the warden sees to it as soon as an engine answers
+                log.warning("not_served_yet", version=standing.id, error=type(error).__name__)
+        return standing
+
     async def warm(self, name: str, number: int, ttl_s: float) -> Residency:
         """Have a version ready for ttl_s seconds. Raises the load's refusal, ModelNotFound, VersionWithdrawn."""
         version = await asyncio.to_thread(self._in_service, name, number)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from serving.engine.admission import ALL_PINNED
 from serving.engine.breaker import Doubt
 from serving.engine.plan import Key, Load, Outgoing
-from serving.engine.request import Drop, Failed, Keep, LoadTimes, Moved, Pin, Submit, Unpin, Warm
+from serving.engine.request import Drop, Failed, Keep, LoadTimes, Moved, Pin, Submit, Undrop, Unpin, Warm
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import NoSlotFree, Placement, SlotTable
 from serving.loader import HostTier
@@ -96,6 +96,10 @@ class Keeper:
             going.until = min(going.until, now + message.deadline_s)
             going.keys.append(key)
             return []
+        if isinstance(message, Undrop):
+            called_off = self._going.pop(digest, None)
+            keys = [*(called_off.keys if called_off is not None else ()), key]
+            return [(each, self._where(each[1], digest)) for each in keys]
         if digest in self._going:
             return [(key, self._unloaded(number, digest))]
         if len(self._wishes) >= MAX_WISHES:

@@ -15,7 +15,19 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from adapters import schema
-from adapters.alias_moves import ANY, Expected, Order, current, expect, log, move, rollback_target, set_fallback
+from adapters.alias_moves import (
+    ANY,
+    Expected,
+    Order,
+    Promotable,
+    current,
+    expect,
+    generation_of,
+    log,
+    move,
+    rollback_target,
+    set_fallback,
+)
 from adapters.canaries import Route
 from adapters.canary_shelf import Canaries
 from adapters.errors import Conflict, InvalidRequest, RecordNotFound
@@ -336,18 +348,20 @@ class Registry:
         reason: str = "",
         force: bool = False,
         expected_version: Expected = ANY,
+        expected_generation: int | None = None,
     ) -> Move:
         """Make a version the champion if the gate allows it. Promoting the champion again changes nothing.
 
-        The gate judges in the transaction that moves the alias, so the champion cannot change in between. force
-        overrules it, needs a reason, and is recorded. Raises GateRefused, GenerationMismatch, ModelNotFound,
+        The gate judges in the transaction that moves the alias, so the champion cannot change in between.
+        expected_generation: the alias must not have moved, away and back either, since it had this one. force
+        overrules the gate, needs a reason, and is recorded. Raises GateRefused, GenerationMismatch, ModelNotFound,
         VersionRetired, VersionRevoked.
         """
         who, reason = line(who, "who"), text(reason, "reason")
         if force and not reason.strip():
             raise InvalidRequest("overruling the gate needs a reason, which is recorded", "reason")
         with self._database.writes() as connection:
-            _, _, report = self._judge(connection, name, number, force, expected_version)
+            _, report = self._judge(connection, name, number, force, expected_version, expected_generation)
             action = MoveAction.FORCED if force else MoveAction.PROMOTE
             return move(
                 connection, self.tenant, Order(name, CHAMPION, action, number, who, reason, report), self._now()
@@ -355,27 +369,30 @@ class Registry:
 
     def may_promote(
         self, name: str, number: int, *, force: bool = False, expected_version: Expected = ANY
-    ) -> tuple[AdapterVersion, AdapterVersion | None]:
-        """The version that `promote` would make champion now, and the champion that there is; nothing is moved.
-
-        Raises as `promote` does.
-        """
+    ) -> Promotable:
+        """What `promote` would do now; nothing is moved. Raises as it does."""
         with self._database.reads() as connection:
-            version, champion, _ = self._judge(connection, name, number, force, expected_version)
-            return version, champion
+            return self._judge(connection, name, number, force, expected_version)[0]
 
     def _judge(
-        self, connection: sa.Connection, name: str, number: int, force: bool, expected_version: Expected
-    ) -> tuple[AdapterVersion, AdapterVersion | None, str | None]:
-        """The version, the champion before it, and the report that lets it in, if one was needed."""
+        self,
+        connection: sa.Connection,
+        name: str,
+        number: int,
+        force: bool,
+        expected_version: Expected,
+        expected_generation: int | None = None,
+    ) -> tuple[Promotable, str | None]:
+        """The promotion, and the report that lets it in, if one was needed."""
         version = self._shelf.version(connection, name, number)
         self.standings.refuse_withdrawn(connection, version)
         now = current(connection, self.tenant, name, CHAMPION)
-        expect(name, CHAMPION, now, expected_version)
+        expect(name, CHAMPION, now, expected_version, expected_generation)
         champion = None if now is None else self._shelf.version(connection, name, now.number)
+        found = Promotable(version, champion, generation_of(now))
         if force or (now is not None and now.number == number):
-            return version, champion, None
-        return version, champion, self._evaluations.admit(connection, version, champion)
+            return found, None
+        return found, self._evaluations.admit(connection, version, champion)
 
     def rollback(
         self, name: str, *, who: str, reason: str = "", to: int | None = None, expected_version: Expected = ANY

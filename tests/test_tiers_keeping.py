@@ -126,6 +126,25 @@ def test_a_pin_is_refused_at_once_where_every_slot_is_pinned(decoder: Decoder, t
     assert (refused.code, refused.message) == ("adapter_capacity", ALL_PINNED)
 
 
+def test_warming_is_refused_at_once_where_every_slot_is_pinned_to_others(
+    decoder: Decoder, tiny_adapters: list[Path]
+) -> None:
+    """Promotions warm first: the alias moved to a version that was on the host, and all its requests were refused."""
+    case = EngineCase(decoder, slots=2)
+    pin(case, tiny_adapters[0])
+    assert isinstance(warm(case, tiny_adapters[2]), Moved)
+    pin(case, tiny_adapters[1])
+    loads = case.host.counts.loads["store"]
+    for adapter in tiny_adapters[2:4]:
+        refused = warm(case, adapter)
+        assert isinstance(refused, Failed)
+        assert (refused.code, refused.message) == ("adapter_capacity", ALL_PINNED)
+    assert case.host.counts.loads["store"] == loads, "what would serve nobody was loaded"
+    assert isinstance(warm(case, tiny_adapters[0]), Moved)
+    answered(case, case.keep(partial(Unpin, digest=str(tiny_adapters[0]))))
+    assert isinstance(warm(case, tiny_adapters[3]), Moved)
+
+
 def timing_of(case: EngineCase, key: Key) -> Timing:
     """What an answer says of where its time went."""
     return next(e.timing for e in case.answers[key].events if isinstance(e, Tokens) and e.timing)

@@ -63,11 +63,10 @@ class Admission:
         number, digest = sequence.submit.id, sequence.adapter
         if digest is not None and (aside := self._breaker.aside_s(digest, now)):
             return self._set_aside(sequence, aside)
-        pinned = self._slots.pinned
-        if digest is not None and len(pinned) == self._slots.slots and digest not in pinned:
+        if digest is not None and self._slots.barred(digest):
             retry = self.forecast.clamp(0.0)
             return Failed(number, "adapter_capacity", ALL_PINNED, retry_after_s=retry)
-        if refusal := self._too_late(sequence, now):
+        if refusal := self._too_late(sequence):
             return refusal
         # A burst between two steps waits beside rows that are still free: those places count too.
         if len(self.queue) >= self._queue_limit + self._free:

@@ -147,6 +147,8 @@ class Keeper:
         if refusal := self._set_aside(number, digest, now):
             return [(wish.key, refusal)]
         on_device = self._slots.holds(digest)
+        if self._slots.barred(digest):
+            return [(wish.key, Failed(number, "adapter_capacity", ALL_PINNED, retry_after_s=1.0))]
         if on_device and self._unproven(digest):
             return []
         if on_device and isinstance(message, Pin):
@@ -167,10 +169,9 @@ class Keeper:
         try:
             placement = self._slots.place(digest)
         except NoSlotFree:
-            pinned = len(self._slots.pinned) == self._slots.slots  # which waiting does not change
-            if now < wish.until and not pinned:
+            if now < wish.until:
                 return []
-            full = ALL_PINNED if pinned else "Every slot is leased or pinned."
+            full = "Every slot is leased or pinned."
             return [(wish.key, Failed(number, "adapter_capacity", full, retry_after_s=1.0))]
         failures = self._install(digest, placement)
         if not self._slots.holds(digest):  # its installation failed, and the slot was emptied

@@ -41,11 +41,10 @@ from adapters.publish import (
     WEIGHTS_FILE,
     Files,
     Manifest,
-    Prepared,
     manifest_of,
-    prepare,
     write_folder,
 )
+from adapters.publishing import Publisher
 from adapters.records import (
     BASE_ID,
     CHAMPION,
@@ -64,7 +63,7 @@ from adapters.records import (
     parse_model_id,
 )
 from adapters.reports import GatePolicy, Report
-from adapters.rows import base_row, checked_facts, line, text, version_row
+from adapters.rows import base_row, checked_facts, line, text
 from adapters.schema import Database
 from adapters.shared_store import open_shared
 from adapters.shelf import Shelf, chosen_base
@@ -90,10 +89,10 @@ class Registry:
         self.store = store
         self.tenant = tenant
         self._database = database
-        self._root = root  # the folders of bases are relative to it
         self._now = now
         self._shelf = Shelf(tenant)
         self._evaluations = Evaluations(database, store, tenant, now)
+        self._publisher = Publisher(database, store, self._shelf, root, tenant, now)
         self._meant_by_base = BASE_ID
         self.standings = Standings(database, self._shelf, tenant, now)
         self.canaries = Canaries(database, self.standings, tenant, now)
@@ -170,58 +169,16 @@ class Registry:
         kept_facts = checked_facts(facts or {})
         bases = self.bases()
         default = self._chosen(bases, base or BASE_ID)
-        with prepare(
-            self.store,
+        return self._publisher.publish(
+            name,
             files,
-            root=self._root,
             bases=bases,
             chosen=default if base else None,
             prompt_format=prompt_format,
-        ) as prepared:
-            with self._database.reads() as connection:
-                known = self._shelf.version_by_digest(connection, name, prepared.digest)
-            prepared.commit(known)
-            if known is not None:
-                return known
-            return self._add_version(name, prepared, kept_facts, who, note)
-
-    def _add_version(
-        self, name: str, prepared: Prepared, facts: dict[str, object], who: str, note: str
-    ) -> AdapterVersion:
-        now = self._now()
-        if prepared.notes:
-            facts = {**facts, "config_notes": list(prepared.notes)}
-        if prepared.manifest.golden:
-            facts = {**facts, "golden_rows": len(prepared.manifest.golden)}
-        with self._database.writes() as connection:
-            known = self._shelf.version_by_digest(connection, name, prepared.digest)
-            if known is not None:
-                return known
-            if not self._shelf.adapter_exists(connection, name):
-                if any(name in (base.name, *base.aliases) for base in self._shelf.bases(connection)):
-                    raise Conflict(f"a base is called {name!r}; publish the adapter under another name")
-                row = {"kind": "adapter", "tenant": self.tenant, "name": name, "created_at": now}
-                connection.execute(sa.insert(schema.adapters).values(**row))
-            version = AdapterVersion(
-                name=name,
-                number=self._shelf.last_number(connection, name) + 1,
-                digest=prepared.digest,
-                base_digest=prepared.base.digest,
-                bound_by=prepared.bound_by,
-                rank=prepared.rank,
-                modules=prepared.modules,
-                size_bytes=prepared.size_bytes,
-                prompt_format=prepared.manifest.prompt_format,
-                originals=prepared.originals,
-                facts=facts,
-                published_by=who,
-                published_at=now,
-                note=note,
-                tenant=self.tenant,
-            )
-            row = version_row(version, prepared.manifest.config, prepared.manifest.weights)
-            connection.execute(sa.insert(schema.versions).values(**row))
-        return version
+            facts=kept_facts,
+            who=who,
+            note=note,
+        )
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -266,21 +223,8 @@ class Registry:
         None when it was not told, when the id names a version, and when no such version is in service.
         """
         wanted = parse_model_id(model)
-        if wanted.number is not None:
-            return None
-        alias = wanted.alias or CHAMPION
         with self._database.reads() as connection:
-            now = current(connection, self.tenant, wanted.name, alias)
-            if now is None or now.fallback is not Fallback.PREVIOUS:
-                return None
-            withdrawn = self.standings.withdrawn(connection, wanted.name)
-            if now.number not in (aside, *withdrawn):  # a canary is set aside, or the alias moved meanwhile
-                return self._shelf.version(connection, wanted.name, now.number)
-            try:
-                number = rollback_target(wanted.name, log(connection, self.tenant, wanted.name, alias), None, withdrawn)
-            except Conflict:
-                return None
-            return self._shelf.version(connection, wanted.name, number)
+            return self.standings.instead_of(connection, wanted, aside)
 
     def route(self, model: str | ModelId) -> Route:
         """`resolve`, and in the same view of the registry what is tried beside the alias that the id names."""

@@ -77,7 +77,7 @@ class Warden:
         finishing = {s.digest for s in found.revoked if s.in_flight is InFlight.FINISH}
         if before is not None:
             # Those that went before the decrees were read: of what is going since, they may not tell yet.
-            for digest in set(before.dropping) - found.unwanted:
+            for digest in [digest for digest in before.dropping if digest not in found.unwanted]:
                 self._ask(digest, partial(self.undrop, digest), "undrop")
         for digest in (found.unwanted & resident).difference(beat.dropping):
             deadline_s = 0.0 if digest in now_gone else self._longest_s if digest in finishing else self._drain_s

@@ -25,7 +25,7 @@ class Operators:
         self._gentle: list[Operation] = [self.publish, self.promote, self.promote, self.roll_back]
         self._rough: list[Operation] = [
             *(self.trouble_store, self.trouble_store, self.kill, self.cut, self.warm, self.pin, self.drop),
-            *(self.retire, self.revoke),
+            *(self.retire, self.revoke, self.retire_by_mistake),
         ]
 
     async def act(self, after_s: float) -> None:
@@ -78,6 +78,19 @@ class Operators:
         self._world.happened.dropped.add(held.versions[number - 1].digest)
         in_flight = self._rng.choice(list(InFlight))
         return await self._world.flips.revoke(name, number, who="sim", reason="sim", in_flight=in_flight)
+
+    async def retire_by_mistake(self, name: str, held: SimName) -> object:
+        """And restore it a moment later, perhaps while it is still being dropped. From then on it is to be served."""
+        number, flips = self._number(held), self._world.flips
+        digest = held.versions[number - 1].digest
+        self._world.happened.dropped.add(digest)
+        retiring = asyncio.ensure_future(flips.retire(name, number, who="sim", reason="sim", deadline_s=3.0))
+        try:
+            await asyncio.sleep(self._rng.choice((0.0, 0.05, 0.5)))
+            await flips.restore(name, number, who="sim", reason="a mistake")
+        finally:
+            told = (await asyncio.gather(retiring, return_exceptions=True))[0]
+        return told
 
     async def drop(self, name: str, held: SimName) -> object:
         version = self._rng.choice(held.versions)

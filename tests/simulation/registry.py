@@ -76,7 +76,14 @@ class SimStandings:
         self.registry.withdrawals.append(SimWithdrawal(standing, self.registry.now()))
         return standing
 
-    def restore(self) -> None:
+    def restore(self, name: str, number: int, *, who: str, reason: str) -> Standing:
+        """See Standings."""
+        for withdrawn in self.registry.withdrawals:
+            if (withdrawn.standing.name, withdrawn.standing.number) == (name, number):
+                withdrawn.until = min(withdrawn.until, self.registry.now())
+        return self._standing(name, number, VersionState.LIVE, InFlight.FINISH, pinned=False)
+
+    def heal(self) -> None:
         """Everything is in service again, and nothing is pinned."""
         self.pinned.clear()
         for withdrawn in self.registry.withdrawals:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from adapters import schema
 from adapters.errors import Conflict, GenerationMismatch, RecordNotFound
-from adapters.records import AliasRecord, Fallback, Move, MoveAction
+from adapters.records import AdapterVersion, AliasRecord, Fallback, Move, MoveAction
 from adapters.rows import alias_of, move_of, move_row
 
 # What an alias must point at for a move to happen: this version, no version at all (None), or whatever it likes.
@@ -33,6 +33,15 @@ class Order:
     report: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Promotable:
+    """A promotion that may be made. champion: the one that there is; generation: of its alias, 0 without one."""
+
+    version: AdapterVersion
+    champion: AdapterVersion | None
+    generation: int
+
+
 def current(connection: sa.Connection, tenant: str, name: str, alias: str) -> AliasRecord | None:
     """Where an alias points now, or None."""
     table = schema.aliases
@@ -41,11 +50,22 @@ def current(connection: sa.Connection, tenant: str, name: str, alias: str) -> Al
     return None if row is None else alias_of(row)
 
 
-def expect(name: str, alias: str, now: AliasRecord | None, expected: Expected) -> None:
-    """Raise GenerationMismatch unless the alias points where the caller believes."""
+def expect(name: str, alias: str, now: AliasRecord | None, expected: Expected, generation: int | None = None) -> None:
+    """Raise GenerationMismatch unless the alias points where the caller believes.
+
+    generation: the one that it must still have, 0 where it pointed nowhere; None: whichever. It tells a flip away and
+    back from none, which the version alone does not.
+    """
     actual = None if now is None else now.number
     if expected not in (ANY, actual):
         raise GenerationMismatch(name, alias, expected, actual)
+    if generation not in (None, generation_of(now)):
+        raise GenerationMismatch(name, alias, actual, actual, moved=True)
+
+
+def generation_of(now: AliasRecord | None) -> int:
+    """How often an alias was moved or a trial on it began or ended; 0 for one that points nowhere."""
+    return 0 if now is None else now.generation
 
 
 def move(connection: sa.Connection, tenant: str, order: Order, at: datetime) -> Move:

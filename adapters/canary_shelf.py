@@ -33,7 +33,7 @@ from adapters.canaries import (
     trial_id,
 )
 from adapters.errors import Conflict, InvalidRequest, RecordNotFound
-from adapters.records import CHAMPION, AliasRecord, ModelId, Move, MoveAction, check_alias
+from adapters.records import CHAMPION, AdapterVersion, AliasRecord, ModelId, Move, MoveAction, check_alias
 from adapters.rows import line, text
 from adapters.schema import Database
 from adapters.shelf import Shelf
@@ -59,9 +59,11 @@ class Canaries:
         limits: CanaryLimits | None = None,
         reason: str = "",
         expected_version: Expected = ANY,
+        expected_generation: int | None = None,
     ) -> Split:
         """Let a version answer `percent` of an alias's requests. A canary of the same version keeps its id, and so
         those who have it already; another one is replaced. A shadow goes on.
+        expected_generation: which the alias must still have.
 
         Raises InvalidRequest, Conflict, GenerationMismatch, or RecordNotFound for an alias that points nowhere.
         """
@@ -70,13 +72,26 @@ class Canaries:
         why = _why(f"{percent:g} % to {name}@{number}, sticky by {sticky.value}", reason)
         order = Order(name, check_alias(alias), MoveAction.CANARY, number, line(who, "who"), why)
         with self._database.writes() as connection:
-            now, before = self._begin(connection, order, expected_version)
+            now, before = self._begin(connection, name, alias, number, expected_version, expected_generation)
             old = None if before is None else before.canary
             trial = trial_id(self._tenant, name, alias, now.generation + 1, Arm.CANARY)
             if old is not None and (old.number, old.sticky) == (number, sticky):
                 trial = old.id
             canary = Canary(trial, number, percent, sticky, limits)
             return self._write(connection, order, canary, None if before is None else before.shadow)
+
+    def may_set_canary(
+        self, name: str, number: int, *, alias: str = CHAMPION, expected_version: Expected = ANY
+    ) -> tuple[AdapterVersion, AliasRecord, bool]:
+        """The version that `set_canary` would begin with now, the alias, and whether it is the canary there already;
+        nothing is written.
+
+        Raises as `set_canary` does.
+        """
+        with self._database.reads() as connection:
+            now, before = self._begin(connection, name, check_alias(alias), number, expected_version)
+            old = None if before is None else before.canary
+            return self._shelf.version(connection, name, number), now, old is not None and old.number == number
 
     def set_shadow(
         self,
@@ -97,7 +112,7 @@ class Canaries:
         why = _why(f"{percent:g} % beside the answer by {name}@{number}", reason)
         order = Order(name, check_alias(alias), MoveAction.SHADOW, number, line(who, "who"), why)
         with self._database.writes() as connection:
-            now, before = self._begin(connection, order, expected_version)
+            now, before = self._begin(connection, name, alias, number, expected_version)
             old = None if before is None else before.shadow
             trial = trial_id(self._tenant, name, alias, now.generation + 1, Arm.SHADOW)
             shadow = Shadow(old.id if old is not None and old.number == number else trial, number, percent)
@@ -195,22 +210,26 @@ class Canaries:
     # -- inside a transaction ------------------------------------------------------------------------------------
 
     def _begin(
-        self, connection: sa.Connection, order: Order, expected_version: Expected
+        self,
+        connection: sa.Connection,
+        name: str,
+        alias: str,
+        number: int,
+        expected_version: Expected,
+        expected_generation: int | None = None,
     ) -> tuple[AliasRecord, Split | None]:
-        """The alias and what runs on it, when the version of the order may be tried beside it."""
-        version = self._shelf.version(connection, order.name, order.to_number)
+        """The alias and what runs on it, when the version may be tried beside it."""
+        version = self._shelf.version(connection, name, number)
         self._standings.refuse_withdrawn(connection, version)
-        now = current(connection, self._tenant, order.name, order.alias)
+        now = current(connection, self._tenant, name, alias)
         if now is None:
-            raise RecordNotFound(
-                f"{order.name} has no alias {order.alias!r} to try a version beside; promote one first"
-            )
-        expect(order.name, order.alias, now, expected_version)
-        if now.number == order.to_number:
-            raise Conflict(f"{order.name}@{order.alias} is {version.id} already; try another version beside it")
-        if self._shelf.version(connection, order.name, now.number).base_digest != version.base_digest:
-            raise InvalidRequest(f"{version.id} is for another base than {order.name}@{order.alias}", "version")
-        return now, self._live(connection, order.name, order.alias)
+            raise RecordNotFound(f"{name} has no alias {alias!r} to try a version beside; promote one first")
+        expect(name, alias, now, expected_version, expected_generation)
+        if now.number == number:
+            raise Conflict(f"{name}@{alias} is {version.id} already; try another version beside it")
+        if self._shelf.version(connection, name, now.number).base_digest != version.base_digest:
+            raise InvalidRequest(f"{version.id} is for another base than {name}@{alias}", "version")
+        return now, self._live(connection, name, alias)
 
     def _write(self, connection: sa.Connection, order: Order, canary: Canary | None, shadow: Shadow | None) -> Split:
         """Mark the history and keep what is tried from that generation on."""

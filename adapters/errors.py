@@ -24,6 +24,7 @@ LoraplaneError
 ├── Overloaded                    come back in a moment
 │   ├── QueueFull
 │   ├── AdapterCapacity           every slot is leased and the wait is full
+│   │   └── SlotsPinned           every slot is pinned to others: waiting does not help
 │   └── DeadlineUnreachable       it could not even start before its deadline
 ├── Unavailable                   the server, not the caller, is at fault
 │   ├── NotReady                  starting, restarting or draining
@@ -231,15 +232,15 @@ class Conflict(Refused):
 
 
 class GenerationMismatch(Conflict):
-    """Compare-and-set failed: the alias points elsewhere than the caller expected."""
+    """Compare-and-set failed: the alias points elsewhere than the caller expected, or moved away and back meanwhile."""
 
     code = "generation_mismatch"
 
-    def __init__(self, name: str, alias: str, expected: int | None, actual: int | None) -> None:
-        super().__init__(
-            f"{name}@{alias} points at {_version(actual)}, not at {_version(expected)} as expected. "
-            f"Look at `loraplane history {name}` and decide again."
-        )
+    def __init__(self, name: str, alias: str, expected: int | None, actual: int | None, *, moved: bool = False) -> None:
+        said = f"points at {_version(actual)}, not at {_version(expected)} as expected."
+        if moved:
+            said = f"points at {_version(actual)} again, or still, but it moved or was tried beside in between."
+        super().__init__(f"{name}@{alias} {said} Look at `loraplane history {name}` and decide again.")
         self.name, self.alias, self.expected, self.actual = name, alias, expected, actual
 
 
@@ -313,6 +314,10 @@ class AdapterCapacity(Overloaded):
     code = "adapter_capacity"
 
 
+class SlotsPinned(AdapterCapacity):
+    """Every slot is pinned to other adapters: this one is not served before one is unpinned."""
+
+
 class Unavailable(LoraplaneError):
     """The server is at fault. `retry_after_s` None means that retrying does not help."""
 
@@ -347,11 +352,7 @@ class WarmFailed(Unavailable):
     code = "warm_failed"
 
     def __init__(self, model: str, why: str, retry_after_s: float | None = None) -> None:
-        super().__init__(
-            f"{model} could not be warmed, so nothing was moved: {why} Promote again, or move the alias without it: "
-            f'--no-warm, "warm": false.',
-            retry_after_s,
-        )
+        super().__init__(f"{model} could not be warmed, so nothing was moved: {why}", retry_after_s)
         self.model = model
 
 

@@ -15,7 +15,19 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from adapters import schema
-from adapters.alias_moves import ANY, Expected, Order, current, expect, log, move, rollback_target, set_fallback
+from adapters.alias_moves import (
+    ANY,
+    Expected,
+    Order,
+    Promotable,
+    current,
+    expect,
+    generation_of,
+    log,
+    move,
+    rollback_target,
+    set_fallback,
+)
 from adapters.canaries import Route
 from adapters.canary_shelf import Canaries
 from adapters.errors import Conflict, InvalidRequest, RecordNotFound
@@ -29,11 +41,10 @@ from adapters.publish import (
     WEIGHTS_FILE,
     Files,
     Manifest,
-    Prepared,
     manifest_of,
-    prepare,
     write_folder,
 )
+from adapters.publishing import Publisher
 from adapters.records import (
     BASE_ID,
     CHAMPION,
@@ -52,7 +63,7 @@ from adapters.records import (
     parse_model_id,
 )
 from adapters.reports import GatePolicy, Report
-from adapters.rows import base_row, checked_facts, line, text, version_row
+from adapters.rows import base_row, checked_facts, line, text
 from adapters.schema import Database
 from adapters.shared_store import open_shared
 from adapters.shelf import Shelf, chosen_base
@@ -78,10 +89,10 @@ class Registry:
         self.store = store
         self.tenant = tenant
         self._database = database
-        self._root = root  # the folders of bases are relative to it
         self._now = now
         self._shelf = Shelf(tenant)
         self._evaluations = Evaluations(database, store, tenant, now)
+        self._publisher = Publisher(database, store, self._shelf, root, tenant, now)
         self._meant_by_base = BASE_ID
         self.standings = Standings(database, self._shelf, tenant, now)
         self.canaries = Canaries(database, self.standings, tenant, now)
@@ -158,58 +169,16 @@ class Registry:
         kept_facts = checked_facts(facts or {})
         bases = self.bases()
         default = self._chosen(bases, base or BASE_ID)
-        with prepare(
-            self.store,
+        return self._publisher.publish(
+            name,
             files,
-            root=self._root,
             bases=bases,
             chosen=default if base else None,
             prompt_format=prompt_format,
-        ) as prepared:
-            with self._database.reads() as connection:
-                known = self._shelf.version_by_digest(connection, name, prepared.digest)
-            prepared.commit(known)
-            if known is not None:
-                return known
-            return self._add_version(name, prepared, kept_facts, who, note)
-
-    def _add_version(
-        self, name: str, prepared: Prepared, facts: dict[str, object], who: str, note: str
-    ) -> AdapterVersion:
-        now = self._now()
-        if prepared.notes:
-            facts = {**facts, "config_notes": list(prepared.notes)}
-        if prepared.manifest.golden:
-            facts = {**facts, "golden_rows": len(prepared.manifest.golden)}
-        with self._database.writes() as connection:
-            known = self._shelf.version_by_digest(connection, name, prepared.digest)
-            if known is not None:
-                return known
-            if not self._shelf.adapter_exists(connection, name):
-                if any(name in (base.name, *base.aliases) for base in self._shelf.bases(connection)):
-                    raise Conflict(f"a base is called {name!r}; publish the adapter under another name")
-                row = {"kind": "adapter", "tenant": self.tenant, "name": name, "created_at": now}
-                connection.execute(sa.insert(schema.adapters).values(**row))
-            version = AdapterVersion(
-                name=name,
-                number=self._shelf.last_number(connection, name) + 1,
-                digest=prepared.digest,
-                base_digest=prepared.base.digest,
-                bound_by=prepared.bound_by,
-                rank=prepared.rank,
-                modules=prepared.modules,
-                size_bytes=prepared.size_bytes,
-                prompt_format=prepared.manifest.prompt_format,
-                originals=prepared.originals,
-                facts=facts,
-                published_by=who,
-                published_at=now,
-                note=note,
-                tenant=self.tenant,
-            )
-            row = version_row(version, prepared.manifest.config, prepared.manifest.weights)
-            connection.execute(sa.insert(schema.versions).values(**row))
-        return version
+            facts=kept_facts,
+            who=who,
+            note=note,
+        )
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -254,21 +223,8 @@ class Registry:
         None when it was not told, when the id names a version, and when no such version is in service.
         """
         wanted = parse_model_id(model)
-        if wanted.number is not None:
-            return None
-        alias = wanted.alias or CHAMPION
         with self._database.reads() as connection:
-            now = current(connection, self.tenant, wanted.name, alias)
-            if now is None or now.fallback is not Fallback.PREVIOUS:
-                return None
-            withdrawn = self.standings.withdrawn(connection, wanted.name)
-            if now.number not in (aside, *withdrawn):  # a canary is set aside, or the alias moved meanwhile
-                return self._shelf.version(connection, wanted.name, now.number)
-            try:
-                number = rollback_target(wanted.name, log(connection, self.tenant, wanted.name, alias), None, withdrawn)
-            except Conflict:
-                return None
-            return self._shelf.version(connection, wanted.name, number)
+            return self.standings.instead_of(connection, wanted, aside)
 
     def route(self, model: str | ModelId) -> Route:
         """`resolve`, and in the same view of the registry what is tried beside the alias that the id names."""
@@ -336,18 +292,20 @@ class Registry:
         reason: str = "",
         force: bool = False,
         expected_version: Expected = ANY,
+        expected_generation: int | None = None,
     ) -> Move:
         """Make a version the champion if the gate allows it. Promoting the champion again changes nothing.
 
-        The gate judges in the transaction that moves the alias, so the champion cannot change in between. force
-        overrules it, needs a reason, and is recorded. Raises GateRefused, GenerationMismatch, ModelNotFound,
+        The gate judges in the transaction that moves the alias, so the champion cannot change in between.
+        expected_generation: the alias must not have moved, away and back either, since it had this one. force
+        overrules the gate, needs a reason, and is recorded. Raises GateRefused, GenerationMismatch, ModelNotFound,
         VersionRetired, VersionRevoked.
         """
         who, reason = line(who, "who"), text(reason, "reason")
         if force and not reason.strip():
             raise InvalidRequest("overruling the gate needs a reason, which is recorded", "reason")
         with self._database.writes() as connection:
-            _, _, report = self._judge(connection, name, number, force, expected_version)
+            _, report = self._judge(connection, name, number, force, expected_version, expected_generation)
             action = MoveAction.FORCED if force else MoveAction.PROMOTE
             return move(
                 connection, self.tenant, Order(name, CHAMPION, action, number, who, reason, report), self._now()
@@ -355,27 +313,30 @@ class Registry:
 
     def may_promote(
         self, name: str, number: int, *, force: bool = False, expected_version: Expected = ANY
-    ) -> tuple[AdapterVersion, AdapterVersion | None]:
-        """The version that `promote` would make champion now, and the champion that there is; nothing is moved.
-
-        Raises as `promote` does.
-        """
+    ) -> Promotable:
+        """What `promote` would do now; nothing is moved. Raises as it does."""
         with self._database.reads() as connection:
-            version, champion, _ = self._judge(connection, name, number, force, expected_version)
-            return version, champion
+            return self._judge(connection, name, number, force, expected_version)[0]
 
     def _judge(
-        self, connection: sa.Connection, name: str, number: int, force: bool, expected_version: Expected
-    ) -> tuple[AdapterVersion, AdapterVersion | None, str | None]:
-        """The version, the champion before it, and the report that lets it in, if one was needed."""
+        self,
+        connection: sa.Connection,
+        name: str,
+        number: int,
+        force: bool,
+        expected_version: Expected,
+        expected_generation: int | None = None,
+    ) -> tuple[Promotable, str | None]:
+        """The promotion, and the report that lets it in, if one was needed."""
         version = self._shelf.version(connection, name, number)
         self.standings.refuse_withdrawn(connection, version)
         now = current(connection, self.tenant, name, CHAMPION)
-        expect(name, CHAMPION, now, expected_version)
+        expect(name, CHAMPION, now, expected_version, expected_generation)
         champion = None if now is None else self._shelf.version(connection, name, now.number)
+        found = Promotable(version, champion, generation_of(now))
         if force or (now is not None and now.number == number):
-            return version, champion, None
-        return version, champion, self._evaluations.admit(connection, version, champion)
+            return found, None
+        return found, self._evaluations.admit(connection, version, champion)
 
     def rollback(
         self, name: str, *, who: str, reason: str = "", to: int | None = None, expected_version: Expected = ANY

@@ -13,9 +13,18 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from adapters import schema
-from adapters.alias_moves import note
+from adapters.alias_moves import current, log, note, rollback_target
 from adapters.errors import Conflict, InvalidRequest, VersionRetired, VersionRevoked
-from adapters.records import AdapterVersion, InFlight, MoveAction, Standing, VersionState
+from adapters.records import (
+    CHAMPION,
+    AdapterVersion,
+    Fallback,
+    InFlight,
+    ModelId,
+    MoveAction,
+    Standing,
+    VersionState,
+)
 from adapters.rows import line, text
 from adapters.schema import Database
 from adapters.shelf import Shelf
@@ -120,6 +129,23 @@ class Standings:
         barred = {s.digest for s in found if s.state is VersionState.REVOKED}
         hidden = {s.number for s in found if s.state is VersionState.RETIRED and s.name == name}
         return hidden | {v.number for v in self._shelf.summary(connection, name).versions if v.digest in barred}
+
+    def instead_of(self, connection: sa.Connection, wanted: ModelId, aside: int) -> AdapterVersion | None:
+        """Who answers for an alias while version `aside` of it is set aside; see `Registry.instead_of`."""
+        if wanted.number is not None:
+            return None
+        alias = wanted.alias or CHAMPION
+        now = current(connection, self._tenant, wanted.name, alias)
+        if now is None or now.fallback is not Fallback.PREVIOUS:
+            return None
+        withdrawn = self.withdrawn(connection, wanted.name)
+        if now.number not in (aside, *withdrawn):  # a canary is set aside, or the alias moved meanwhile
+            return self._shelf.version(connection, wanted.name, now.number)
+        try:
+            number = rollback_target(wanted.name, log(connection, self._tenant, wanted.name, alias), None, withdrawn)
+        except Conflict:
+            return None
+        return self._shelf.version(connection, wanted.name, number)
 
     def _still_wanted(self, connection: sa.Connection, digests: set[str], found: list[Standing]) -> frozenset[str]:
         """Those of the digests that a version in service has too, under another name or number."""

@@ -9,6 +9,7 @@ import typer
 from adapters.options import HomeOption
 from adapters.records import BASE_ID
 from adapters.weights import MAX_RANK
+from serving.limits import LONGEST_DRAIN_S
 
 
 def serve(
@@ -49,7 +50,11 @@ def serve(
     ] = None,
     min_replicas: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Fewest engines; below --max-replicas their number follows the load."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Fewest engines; below --max-replicas their number follows the load, without it it is fixed.",
+        ),
     ] = None,
     max_replicas: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most engines.")] = None,
     ray_address: Annotated[
@@ -60,7 +65,10 @@ def serve(
             help="A Ray cluster that runs already; its nodes must see the home at the same path.",
         ),
     ] = None,
-    drain: Annotated[int | None, typer.Option(help="Seconds that running requests get to finish at a stop.")] = None,
+    drain: Annotated[
+        int | None,
+        typer.Option(min=0, max=LONGEST_DRAIN_S, help="Seconds that running requests get to finish at a stop."),
+    ] = None,
     home: HomeOption = None,
 ) -> None:
     """Serve a base and every adapter of the registry over HTTP, OpenAI-compatible.

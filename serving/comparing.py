@@ -43,7 +43,7 @@ async def compare(gateway: Gateway, command: CompareCommand, seed: int) -> list[
     gateway.admission.enter()
     try:
         started = gateway.monotonic()
-        targets = await asyncio.gather(*(gateway.resolver.resolve(model) for model in command.models))
+        targets = await asyncio.gather(*(_target(gateway, command, at) for at in range(len(command.models))))
         wishes = replace(command.wishes, seed=seed if command.wishes.seed is None else command.wishes.seed)
         answers = [await _prepared(gateway, command, target, wishes, started) for target in targets]
         sides = await asyncio.gather(*(_side(gateway, answer, started) for answer in answers))
@@ -53,6 +53,15 @@ async def compare(gateway: Gateway, command: CompareCommand, seed: int) -> list[
     if len(errors) == len(sides):
         raise errors[0]
     return sides
+
+
+async def _target(gateway: Gateway, command: CompareCommand, at: int) -> Target:
+    try:
+        return await gateway.resolver.resolve(command.models[at])
+    except LoraplaneError as error:
+        if error.param == "model":  # as other routes call it; here there are several
+            error.param = f"models[{at}]"
+        raise
 
 
 async def _prepared(

@@ -9,21 +9,21 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from adapters.errors import ConfigInvalid
-from serving.limits import GatewayLimits
+from serving.limits import LONGEST_DRAIN_S, GatewayLimits
 
 MIN_KEY_CHARS = 20
 KEY_PREFIX = "lp_"
 
 
 class EdgeSettings(BaseSettings):
-    """Limits and identity of the HTTP edge. Sizes in bytes, times in seconds; every figure is in /metrics.
+    """Limits and identity of the HTTP edge. Sizes in bytes, times in seconds and finite; every figure is in /metrics.
 
     prefetch: warm what is asked for most while there is room (LORAPLANE_PREFETCH=false turns it off).
     api_keys: keys that begin with `lp_`, comma-separated in LORAPLANE_API_KEYS; none means open, and then only a
     loopback bind is allowed. allowed_hosts: Host names accepted beside the bound one.
     """
 
-    model_config = SettingsConfigDict(env_prefix="LORAPLANE_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="LORAPLANE_", frozen=True, extra="forbid", allow_inf_nan=False)
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
@@ -41,7 +41,7 @@ class EdgeSettings(BaseSettings):
     body_timeout_s: float = Field(30.0, gt=0)
     blob_timeout_s: float = Field(600.0, gt=0)
     keep_alive_s: int = Field(15, ge=1)
-    drain_s: int = Field(30, ge=0)
+    drain_s: int = Field(30, ge=0, le=LONGEST_DRAIN_S)
 
     request_deadline_s: float = Field(600.0, gt=0)
     default_chat_tokens: int = Field(256, ge=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -27,6 +28,7 @@ from serving.packed_file import Damaged, Stage, Target, read_header, read_packed
 
 _SUFFIX = ".packed"
 _STAGED = ".staged-"
+_ASIDE = ".aside-"  # a folder that stood in a file's place
 _LEFTOVER_AGE_S = 600.0
 _BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own blocks are
 _COST_UNKNOWN_S = 0.1
@@ -92,10 +94,13 @@ class DiskTier:
 
     def bytes_of(self, digest: str) -> int:
         """Bytes that the adapter's file occupies, sound or not; 0 when there is none."""
+        if not self.budget_bytes:
+            return 0
         try:
-            return self._path(digest).lstat().st_blocks * _BLOCK_BYTES if self.budget_bytes else 0
+            info = self._path(digest).lstat()
         except OSError:
             return 0
+        return info.st_blocks * _BLOCK_BYTES if stat.S_ISREG(info.st_mode) else 0
 
     def put(self, adapter: HostAdapter, cost_s: float) -> None:
         """Keep a verified adapter, and let others go for it. cost_s: what it took to have it from the store."""
@@ -113,6 +118,7 @@ class DiskTier:
             with self._lock:
                 size = staged.stat().st_blocks * _BLOCK_BYTES
                 self._make_room(size, but=path.name)
+                _make_way(path)
                 staged.replace(path)
                 _sync_folder(self._folder)
                 self._booked(1, size)
@@ -175,6 +181,8 @@ class DiskTier:
                 if entry.name.endswith(_SUFFIX):
                     with suppress(FileNotFoundError):
                         info = entry.stat(follow_symlinks=False)
+                        if stat.S_ISDIR(info.st_mode):  # not ours: it is neither counted nor evicted
+                            continue
                         yield _File(Path(entry.path), info.st_blocks * _BLOCK_BYTES, info.st_mtime)
 
     def _cost_s(self, path: Path) -> float:
@@ -192,6 +200,8 @@ class DiskTier:
 
     def _remove(self, path: Path) -> int:
         try:
+            if _make_way(path):
+                return 0
             freed = path.lstat().st_blocks * _BLOCK_BYTES
             path.unlink()
         except FileNotFoundError:
@@ -206,6 +216,26 @@ class DiskTier:
         """So much more lies here; what other engines did since is counted at the next `put`."""
         with self._guard:
             self.count, self.bytes = max(0, self.count + count), max(0, self.bytes + size)
+
+
+def _make_way(path: Path) -> bool:
+    """Take away a folder that stands where a file belongs; whether there was one. Raises OSError.
+
+    An empty one is deleted. Any other is given another name beside it: what is in it was never ours to delete. Neither
+    follows a link.
+    """
+    try:
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            return False
+    except FileNotFoundError:
+        return False
+    aside = path.with_name(f"{_ASIDE}{token_hex(8)}")
+    try:
+        path.rmdir()
+    except OSError:
+        path.rename(aside)
+        _log.warning("disk_tier_folder_renamed", folder=path.name[:12], to=aside.name)
+    return True
 
 
 def _sync_folder(path: Path) -> None:

@@ -57,3 +57,7 @@ class EngineDoor(Protocol):
     async def drop(self, digest: str, deadline_s: float) -> Moved | Failed:
         """Refuse an adapter's new sequences, let the running ones end, after deadline_s seconds end them, and free its
         bytes on every tier; returns then. Once this is over the adapter may be asked for again: hide it first."""
+
+    async def undrop(self, digest: str) -> Moved | Failed:
+        """Call off a drop that still waits for running sequences: the adapter is served again at once, and who waits
+        for the drop is told where it lies. Nothing happens to one that is not going."""

@@ -17,6 +17,7 @@ from adapters.errors import (
     LoraplaneError,
     NotReady,
     QueueFull,
+    SlotsPinned,
 )
 from serving.engine.admission import ALL_PINNED
 from serving.engine.breaker import Doubt
@@ -43,8 +44,11 @@ def engine_error(failed: Failed, model: str) -> LoraplaneError:
         case QueueFull.code:
             return QueueFull("The engine's queue is full; try again in a moment.", hint or 1.0)
         case AdapterCapacity.code if failed.message == ALL_PINNED:
-            why = f"Every adapter slot is pinned to others, so {model} has none; unpin one (loraplane unpin NAME@N)."
-            return AdapterCapacity(why, hint or 1.0)
+            why = (
+                f"Every adapter slot is pinned to others, so {model} has none; unpin one (loraplane unpin NAME@N), or "
+                f"serve with more of them (--slots)."
+            )
+            return SlotsPinned(why, hint or 1.0)
         case AdapterCapacity.code:
             return AdapterCapacity("Every adapter slot is in use; try again in a moment.", hint or 1.0)
         case NotReady.code:

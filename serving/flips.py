@@ -15,8 +15,17 @@ from typing import Any
 import structlog
 
 from adapters.alias_moves import ANY, Expected
-from adapters.errors import AdapterLoadFailed, InvalidRequest, LoraplaneError, Overloaded, Unavailable, WarmFailed
-from adapters.records import AdapterVersion, InFlight, ModelId, Move, Residency, Standing, Withdrawal
+from adapters.canaries import CanaryLimits, Split, Sticky
+from adapters.errors import (
+    AdapterLoadFailed,
+    InvalidRequest,
+    LoraplaneError,
+    Overloaded,
+    SlotsPinned,
+    Unavailable,
+    WarmFailed,
+)
+from adapters.records import CHAMPION, AdapterVersion, InFlight, ModelId, Move, Residency, Standing, Withdrawal
 from adapters.registry import Registry
 from adapters.standings import revoked
 from serving.engine.request import Failed, Moved
@@ -31,6 +40,8 @@ _LAST_WORDS_S = 5.0  # what an engine may need beyond a drop's deadline
 # quick succession would fill the host with versions that nobody asks for, and the next one could not be warmed at all.
 _SHARE_OF_HOST = 0.25
 _BARELY_S = 1.0
+_OTHERWISE = 'Promote again, or move the alias without it: --no-warm, "warm": false.'
+_LATER = "Begin the canary again later."
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +81,19 @@ class Flips:
         expected: Expected = ANY,
         warm: bool = True,
     ) -> Move:
-        """Warm a version, then make it champion if the champion is still the one that there was.
+        """Warm a version, then make it champion if nobody has moved the alias meanwhile, away and back either.
 
         Raises WarmFailed, with nothing moved, and what `Registry.promote` raises. A version made for another base than
         the one served here moves without being warmed, and so does every one with warm False.
         """
         if force and not reason.strip():
             raise InvalidRequest("overruling the gate needs a reason, which is recorded", "reason")
-        version, before = await asyncio.to_thread(
+        found = await asyncio.to_thread(
             self._registry.may_promote, name, number, force=force, expected_version=expected
         )
+        version, before = found.version, found.champion
         if warm and (before is None or before.number != number) and self._served(version):
-            await self._make_ready(version)
+            await self._make_ready(version, _OTHERWISE)
         move = await asyncio.to_thread(
             self._registry.promote,
             name,
@@ -90,10 +102,48 @@ class Flips:
             reason=reason,
             force=force,
             expected_version=None if before is None else before.number,
+            expected_generation=found.generation,
         )
         if before is not None and before.number != number:
             self._keep_warm(before)
         return move
+
+    async def set_canary(
+        self,
+        name: str,
+        number: int,
+        percent: float,
+        *,
+        who: str,
+        alias: str = CHAMPION,
+        sticky: Sticky = Sticky.USER,
+        limits: CanaryLimits | None = None,
+        reason: str = "",
+        expected: Expected = ANY,
+    ) -> Split:
+        """Warm a version, then let it answer some of an alias's requests. What is the canary already is not waited for.
+
+        Raises WarmFailed, with nothing begun, and what `Canaries.set_canary` raises.
+        """
+        canaries = self._registry.canaries
+        version, now, begun = await asyncio.to_thread(
+            canaries.may_set_canary, name, number, alias=alias, expected_version=expected
+        )
+        if not begun and self._served(version):
+            await self._make_ready(version, _LATER)
+        return await asyncio.to_thread(
+            canaries.set_canary,
+            name,
+            number,
+            percent,
+            who=who,
+            alias=alias,
+            sticky=sticky,
+            limits=limits,
+            reason=reason,
+            expected_version=expected,
+            expected_generation=now.generation,
+        )
 
     async def rollback(self, name: str, *, who: str, reason: str = "", to: int | None = None) -> Move:
         """Move the champion back at once; both versions are then warm for a while. Raises as `Registry.rollback`."""
@@ -124,6 +174,21 @@ class Flips:
         self._in_background(self._free_later(standing))
         return Withdrawal(standing, None)
 
+    async def restore(self, name: str, number: int, *, who: str, reason: str) -> Standing:
+        """Bring a version back into service, at once: a drop that still waits for running answers is called off.
+
+        Raises InvalidRequest without a reason, ModelNotFound.
+        """
+        standings = self._registry.standings
+        standing = await asyncio.to_thread(standings.restore, name, number, who=who, reason=reason)
+        if standing.digest not in (await asyncio.to_thread(standings.decrees)).unwanted:
+            try:
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await self._warden.undrop(standing.digest)
+            except (TimeoutError, LoraplaneError) as error:  # the warden sees to it as soon as an engine answers
+                log.warning("not_served_yet", version=standing.id, error=type(error).__name__)
+        return standing
+
     async def warm(self, name: str, number: int, ttl_s: float) -> Residency:
         """Have a version ready for ttl_s seconds. Raises the load's refusal, ModelNotFound, VersionWithdrawn."""
         version = await asyncio.to_thread(self._in_service, name, number)
@@ -144,16 +209,20 @@ class Flips:
         standing = await asyncio.to_thread(standings.pin, name, number, False, who=who)
         return _residency(standing.id, await self._warden.pin(standing.digest, False))
 
-    async def _make_ready(self, version: AdapterVersion) -> None:
-        """Raises WarmFailed unless the version is warm within the deadline."""
+    async def _make_ready(self, version: AdapterVersion, otherwise: str) -> None:
+        """otherwise: what can be done where it fails. Raises WarmFailed unless it is warm within the deadline."""
         try:
             await self._warmed(version, self._hold(version) or _BARELY_S)
+        except SlotsPinned as error:
+            # Neither time helps, nor leaving out the warming: all requests for it would be refused.
+            raise WarmFailed(version.id, str(error)) from error
         except (Overloaded, Unavailable) as error:
-            raise WarmFailed(version.id, str(error), error.retry_after_s) from error
+            raise WarmFailed(version.id, f"{error} {otherwise}", error.retry_after_s) from error
         beat = self._gateway.door.heartbeat
         if beat is not None and version.digest in beat.quarantined:
             # It lies there, and would answer nobody.
-            raise WarmFailed(version.id, "The engine has it set aside; see GET /v1/adapters/residency.", 30.0)
+            why = f"The engine has it set aside; see GET /v1/adapters/residency. {otherwise}"
+            raise WarmFailed(version.id, why, 30.0)
 
     async def _warmed(self, version: AdapterVersion, ttl_s: float) -> Moved:
         limit = self._limits.warm_deadline_s

@@ -16,17 +16,16 @@ from adapters.canaries import ShadowFigures
 from adapters.errors import (
     AdapterQuarantined,
     AdapterUnloaded,
-    ContextLengthExceeded,
     InvalidRequest,
     LoraplaneError,
     NotReady,
-    UnsupportedParameter,
 )
 from adapters.prompts import PromptRenderer
 from adapters.records import PromptFormat
 from serving.answers import Answer, Head, NoObserver, Observer, Track
 from serving.arms import Lot
 from serving.auth import LOCAL
+from serving.checks import check_continued, check_count, check_echo, check_prompts, check_wishes, most_tokens
 from serving.commands import ChatCommand, CompletionCommand, Wishes
 from serving.door import EngineDoor
 from serving.engine.request import EngineFacts, Event, Sampling
@@ -87,12 +86,7 @@ class Gateway:
         """
 
         async def make(target: Target, started: float) -> Answer:
-            if command.continue_final and self.facts().max_answer_len:
-                raise UnsupportedParameter(
-                    "This base is an encoder-decoder: its answer is a text of its own and cannot go on from a message; "
-                    "leave continue_final_message out.",
-                    "continue_final_message",
-                )
+            check_continued(command, self.facts())
             prompt = await self.render(command, target.prompt_format)
             limit = self.limits.default_chat_tokens
             beside: Sequence[int] = prompt
@@ -110,14 +104,14 @@ class Gateway:
         """Begin to continue raw prompts; choice k of prompt p has index p * n + k. Raises as `chat` does."""
 
         async def make(target: Target, started: float) -> Answer:
-            self._check_echo(command)
+            check_echo(command, self.facts())
             prompts = [await self.encode(p) if isinstance(p, str) else list(p) for p in command.prompts]
             limit = self.limits.default_completion_tokens
             scored = command.echo and command.wishes.logprobs is not None
             beside = () if scored else prompts[0]
             return self.prepare("cmpl", command.wishes, target, prompts, "prompt", limit, started, command, beside)
 
-        self._check_count(command)
+        check_count(command, self.limits)
         return await self._begun(command.wishes, make)
 
     def end(self, digests: Mapping[str, LoraplaneError]) -> int:
@@ -210,9 +204,11 @@ class Gateway:
         """An answer that has not begun. beside: the first prompt as a shadow gets it; without one there is none."""
         facts = self.facts()
         fmt = target.prompt_format
-        self._check(wishes, prompts, param)
+        vocabulary = self.resolver.base.vocab_size
+        check_wishes(wishes, self.limits, facts, vocabulary, self._writes_newlines)
+        check_prompts(prompts, vocabulary, param)
         asked = wishes.max_tokens if wishes.max_tokens is not None else fmt.defaults.max_tokens
-        max_tokens = _max_tokens(wishes.max_tokens, default_tokens if asked is None else asked, prompts, facts, param)
+        max_tokens = most_tokens(wishes.max_tokens, default_tokens if asked is None else asked, prompts, facts, param)
         sampling = self._sampling(wishes, fmt, max_tokens, scored=raw is not None and raw.echo)
         deadline_s = min(self.limits.request_deadline_s, wishes.deadline_s or self.limits.request_deadline_s)
         ends = frozenset(wishes.stop_token_ids) | frozenset(() if wishes.ignore_eos else facts.stop_token_ids)
@@ -318,90 +314,15 @@ class Gateway:
             early_stopping=wishes.early_stopping,
         )
 
-    def _check(self, wishes: Wishes, prompts: Sequence[Sequence[int]], param: str) -> None:
-        limits, vocabulary = self.limits, self.resolver.base.vocab_size
-        if wishes.n > limits.max_choices:
-            raise InvalidRequest(f"n may be at most {limits.max_choices} here.", "n")
-        if len(wishes.stops) > limits.max_stops:
-            raise InvalidRequest(f"stop may hold at most {limits.max_stops} texts.", "stop")
-        if any(len(stop) > limits.max_stop_chars for stop in wishes.stops):
-            raise InvalidRequest(f"A stop text may have at most {limits.max_stop_chars} characters.", "stop")
-        if self.facts().max_answer_len and any("\n" in stop for stop in wishes.stops) and not self._writes_newlines():
-            raise UnsupportedParameter(
-                "This model's vocabulary has no line break, so such a stop is never met; leave it out.", "stop"
-            )
-        if wishes.num_beams > 1:
-            _check_beams(wishes, self.facts())
-        if len(wishes.logit_bias) > limits.max_logit_bias:
-            raise InvalidRequest(f"logit_bias may hold at most {limits.max_logit_bias} tokens.", "logit_bias")
-        _check_ids(wishes.logit_bias, vocabulary, "logit_bias")
-        _check_ids(wishes.stop_token_ids, vocabulary, "stop_token_ids")
-        for prompt in prompts:
-            if not prompt:
-                raise InvalidRequest("The prompt has no tokens.", param)
-            _check_ids(prompt, vocabulary, param)
-
-    def _check_echo(self, command: CompletionCommand) -> None:
-        if command.echo and self.facts().max_answer_len:
-            raise UnsupportedParameter(
-                "This base is an encoder-decoder: its answer does not go on from the prompt, so there is nothing to "
-                "repeat and the prompt has no log-probabilities; leave echo out.",
-                "echo",
-            )
-
     def _writes_newlines(self) -> bool:
         ids = self.renderer.encode("a\nb", add_special_tokens=False)
         return "\n" in self.renderer.decode(ids)
-
-    def _check_count(self, command: CompletionCommand) -> None:
-        limit = self.limits.max_sequences
-        if len(command.prompts) * command.wishes.n > limit:
-            raise InvalidRequest(f"Prompts times n may be at most {limit} in one request.", "prompt")
 
 
 def _lot(wishes: Wishes) -> Lot:
     """What a request is drawn by. Callers who need no key are not told apart by one."""
     key = "" if wishes.tenant == LOCAL.tenant else wishes.tenant
     return Lot(wishes.user, key, wishes.request_id or uuid.uuid4().hex)
-
-
-def _check_beams(wishes: Wishes, facts: EngineFacts) -> None:
-    if not facts.max_answer_len:
-        raise UnsupportedParameter(
-            "Beam search is served for encoder-decoder bases; leave num_beams out, or set it to 1.", "num_beams"
-        )
-    if wishes.num_beams > facts.max_rows:
-        raise InvalidRequest(f"num_beams may be at most {facts.max_rows} here.", "num_beams")
-    if wishes.n > 1:
-        raise InvalidRequest("Beam search gives one answer, the best; set n to 1.", "n")
-    if wishes.temperature:
-        raise InvalidRequest("Beam search draws nothing; leave temperature out, or set it to 0.", "temperature")
-    for name, drawn in (("top_p", wishes.top_p not in (None, 1)), ("top_k", wishes.top_k > 0), ("min_p", wishes.min_p)):
-        if drawn:
-            raise InvalidRequest(f"Beam search draws nothing; leave {name} out.", name)
-    if wishes.logprobs is not None:
-        raise UnsupportedParameter("Beam search tells no log-probabilities; leave logprobs out.", "logprobs")
-
-
-def _max_tokens(
-    given: int | None, wanted: int, prompts: Sequence[Sequence[int]], facts: EngineFacts, param: str
-) -> int:
-    """The bound on new tokens. What was asked for must fit; a default is cut to what the context has left."""
-    longest = max(map(len, prompts))
-    if given == 0 and longest <= facts.max_model_len:
-        return 0
-    room = facts.room(longest)
-    if room < 1 or (given is not None and given > room):
-        if facts.max_answer_len and room:
-            raise InvalidRequest(f"This model's answers have at most {room} tokens; lower max_tokens.", "max_tokens")
-        encoder = bool(facts.max_answer_len)
-        raise ContextLengthExceeded(longest, given or 0, facts.max_model_len, param, encoder=encoder)
-    return min(wanted, room)
-
-
-def _check_ids(ids: Sequence[int] | Mapping[int, float], vocabulary: int, param: str) -> None:
-    if ids and (min(ids) < 0 or max(ids) >= vocabulary):
-        raise InvalidRequest(f"Token ids must lie between 0 and {vocabulary - 1}.", param)
 
 
 def _first(given: float | None, suggested: float | None, default: float) -> float:

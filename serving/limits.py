@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from adapters.errors import NotReady, QueueFull
 
+LONGEST_DRAIN_S = 86_400  # a day: no request is let run on for longer, and a stop that never comes is a mistyped one
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:

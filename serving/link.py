@@ -43,6 +43,7 @@ from serving.engine.request import (
     Submit,
     ToEngine,
     Told,
+    Undrop,
     Unpin,
     Warm,
 )
@@ -314,6 +315,10 @@ class EngineLink:
     async def drop(self, digest: str, deadline_s: float) -> Moved | Failed:
         """See EngineDoor."""
         return await self._ask(Drop(next(self._ids), digest, deadline_s))
+
+    async def undrop(self, digest: str) -> Moved | Failed:
+        """See EngineDoor."""
+        return await self._ask(Undrop(next(self._ids), digest))
 
     async def _ask(self, message: Keep) -> Moved | Failed:
         writer = self._writer

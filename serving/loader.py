@@ -85,9 +85,13 @@ class Nothing:
 
 @dataclass(slots=True)
 class _Loading:
-    """A load, begun or not. Once begun it belongs to whichever thread runs it, until that hands it back."""
+    """A load, begun or not. Once begun it belongs to whichever thread runs it, until that hands it back.
+
+    since: when it was first wanted; wanted_at: when it was last.
+    """
 
     digest: str
+    since: float
     wanted_at: float
     queued_at: float
     begun: bool = False
@@ -199,7 +203,7 @@ class HostTier:
             if failure is not None and now < failure.until:
                 wait = None if failure.permanent else failure.until - now
                 return LoadState(Load.FAILED, (AdapterLoadFailed.code, failure.message), retry_after_s=wait)
-            loading = self._loading[digest] = _Loading(digest, now, now)
+            loading = self._loading[digest] = _Loading(digest, now, now, now)
             self._begin_some()
         loading.wanted_at = now
         return LoadState(Load.LOADING, source=loading.source)
@@ -209,6 +213,11 @@ class HostTier:
         if digest in self._held:
             return "host"
         return DISK if self.below.bytes_of(digest) else STORE
+
+    def loading_s(self, digest: str) -> float:
+        """For how long the adapter's load has been under way, whoever wanted it; 0 without one. Starts nothing."""
+        loading = self._loading.get(digest)
+        return 0.0 if loading is None else self._now() - loading.since
 
     def brought(self, digest: str) -> LoadTimes | None:
         """What the load took that brought an adapter here; None when it is not on the host. Starts nothing."""

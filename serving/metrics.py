@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from adapters.records import MoveAction
 from serving.adapter_metrics import adapter_metrics
 from serving.answers import Ended
+from serving.arm_metrics import ArmMetrics
 from serving.engine.request import BASE_LANE, OTHER_LANES, EngineFacts, Heartbeat
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -104,6 +105,7 @@ class Metrics:
         for reason in ("stop", "length"):
             self._success.labels(model_name, reason)
         self._requests = self._counter("adapter_requests", "Requests that reached an adapter.", "adapter", "outcome")
+        self._arms = ArmMetrics(self.registry)
         self._refusals = self._counter("adapter_refusals", "Requests refused or failed, by error code.", "code")
         self._first_answer = Histogram(
             "adapter_publish_to_first_answer_seconds", "From a version's publication to the first token of its first "
@@ -139,7 +141,9 @@ class Metrics:
     def ended(self, record: Ended) -> None:
         """A request that reached the engine is over."""
         weights = record.weights
-        self._requests.labels(self._label(weights.adapter or "base"), record.outcome).inc()
+        adapter = self._label(weights.adapter or "base")
+        self._requests.labels(adapter, record.outcome).inc()
+        self._arms.ended(record, adapter)
         self._prompt.inc(record.usage.prompt_tokens)
         self._answer.inc(record.usage.completion_tokens)
         for reason in record.finish_reasons:

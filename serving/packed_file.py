@@ -8,6 +8,7 @@ read whole into memory of our own and believed only then: what happens to it aft
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -112,11 +113,11 @@ def read_packed(
 ) -> HostAdapter:
     """The adapter of a file, once all of it has been checked. stage: memory for it, (bytes,) uint8.
 
-    Raises OSError; Damaged when the file is too large, cut, rotten, or another adapter's or engine's.
+    Raises OSError; Damaged when it is no file, too large, cut, rotten, or another adapter's or engine's.
     """
     with _opened(path) as file:
         info = os.fstat(file.fileno())
-        if not stat.S_ISREG(info.st_mode) or not _PREFIX <= info.st_size <= max_bytes:
+        if not _PREFIX <= info.st_size <= max_bytes:
             raise Damaged(f"it is no file of {_PREFIX} to {max_bytes} bytes")
         # The tensors are to be aligned in memory as they are in the file.
         whole = (stage or _plain)(info.st_size)
@@ -148,8 +149,17 @@ def read_header(path: Path) -> Header:
 
 
 def _opened(path: Path) -> BufferedReader:
-    # What lies in its place may be a link or a pipe, which would lead elsewhere or never end.
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")
+    # What lies in its place may be a link, a pipe, a socket or a folder, which would lead elsewhere or never end.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise Damaged("it is a link or a socket") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Damaged("it is no file")
+    return os.fdopen(descriptor, "rb")
 
 
 def _header(view: memoryview) -> tuple[Header, int]:

@@ -17,7 +17,7 @@ def residency(door: EngineDoor, name_of: Callable[[str], str], limit: int) -> Js
     """The residency document. name_of: a version id for a digest; limit: the most adapters that are told a replica."""
     return {
         "object": "residency",
-        "replicas": [_replica(view.name, view.heartbeat, name_of, limit) for view in views_of(door) if view.heartbeat],
+        "replicas": [_replica(view, view.heartbeat, name_of, limit) for view in views_of(door) if view.heartbeat],
     }
 
 
@@ -31,7 +31,7 @@ def views_of(door: EngineDoor) -> Sequence[ReplicaView]:
     return (ReplicaView(facts.replica, True, False, beat, door.heartbeat_age_s, 0.0, 0),)
 
 
-def _replica(name: str, beat: Heartbeat, name_of: Callable[[str], str], limit: int) -> Json:
+def _replica(view: ReplicaView, beat: Heartbeat, name_of: Callable[[str], str], limit: int) -> Json:
     slots = {slot.digest: slot for slot in beat.slots}
     aside = {found.digest: found for found in beat.set_aside}
     host, pinned, warm, going = map(frozenset, (beat.host_digests, beat.pinned, beat.warm, beat.dropping))
@@ -58,7 +58,8 @@ def _replica(name: str, beat: Heartbeat, name_of: Callable[[str], str], limit: i
             }
         )
     return {
-        "replica": name,
+        "replica": view.name,
+        "age_s": round(view.heartbeat_age_s, 3),
         "slots": {"total": beat.slots_total, "used": len(beat.slots)},
         "host": {"adapters": len(beat.host_digests), "bytes": beat.host_bytes, "bytes_limit": beat.host_bytes_limit},
         "disk": {"adapters": beat.disk_count, "bytes": beat.disk_bytes, "bytes_limit": beat.disk_bytes_limit},

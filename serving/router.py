@@ -164,6 +164,10 @@ class Router:
         self._pinned.discard(digest)
         return await self._ask_all(lambda link: link.drop(digest, deadline_s), also_leaving=True)
 
+    async def undrop(self, digest: str) -> Moved | Failed:
+        """See EngineDoor: on every replica."""
+        return await self._ask_all(lambda link: link.undrop(digest), also_leaving=True)
+
     # -- its own --------------------------------------------------------------------------------------------------
 
     def fail_running(self, code: str, message: str) -> None:

@@ -50,3 +50,13 @@ def scaling(replicas: int | None, lowest: int | None, highest: int | None) -> Sc
             f"--max-replicas not below --replicas and at most {MOST}"
         )
     return Scaling(start, low, high)
+
+
+def remark(lowest: int | None, highest: int | None, wanted: Scaling) -> str:
+    """What is said of `--min-replicas` without `--max-replicas`, for it may have been meant otherwise; else nothing."""
+    if lowest is None or highest is not None or not wanted.fixed:
+        return ""
+    engines = "1 engine" if wanted.lowest == 1 else f"{wanted.lowest} engines"
+    return (
+        f"{engines}, whatever the load: --min-replicas alone sets a fixed number; give --max-replicas to have it follow"
+    )

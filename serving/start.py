@@ -21,7 +21,7 @@ from adapters.registry import Registry
 from serving.config import EdgeSettings, load_settings
 from serving.engine.config import EngineConfig
 from serving.rayenv import check_address, prepare
-from serving.scaling import Scaling, scaling
+from serving.scaling import Scaling, remark, scaling
 from serving.server import Cluster, Parts, bind, run_server, socket_folder
 
 
@@ -57,6 +57,8 @@ def start(options: ServeOptions) -> int:
     _log_plainly()
     settings = load_settings(host=options.host, port=options.port, drain_s=options.drain_s)
     wanted = scaling(options.replicas, options.min_replicas, options.max_replicas)
+    if said := remark(options.min_replicas, options.max_replicas, wanted):
+        _say(said)
     _check_device(options.device, wanted)
     if options.ray_address is not None:
         check_address(options.ray_address)

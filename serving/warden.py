@@ -1,8 +1,9 @@
 """Makes running answers and engines follow what the registry decrees, whoever decreed it and through which gateway.
 
 Several times a second the decrees are read. Running answers of a version that was revoked at once are ended here; an
-engine that still holds what nobody is served drops it, and one that lost a pin (it restarted) pins it again. New
-requests do not depend on any of it: each is resolved in the registry itself.
+engine that still holds what nobody is served drops it, one that still drops what was restored keeps it, and one that
+lost a pin (it restarted) pins it again. New requests do not depend on any of it: each is resolved in the registry
+itself.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Warden:
 
     async def follow(self) -> None:
         """Read the decrees once and do what they ask for. Raises StoreFailed."""
+        before = self._gateway.door.heartbeat
         found = await asyncio.to_thread(self._decrees)
         now_gone = {s.digest: revoked(s, s.id) for s in found.revoked if s.in_flight is InFlight.END}
         self._gateway.end(now_gone)
@@ -73,6 +75,10 @@ class Warden:
             return
         resident = {slot.digest for slot in beat.slots}.union(beat.host_digests)
         finishing = {s.digest for s in found.revoked if s.in_flight is InFlight.FINISH}
+        if before is not None:
+            # Those that went before the decrees were read: of what is going since, they may not tell yet.
+            for digest in [digest for digest in before.dropping if digest not in found.unwanted]:
+                self._ask(digest, partial(self.undrop, digest), "undrop")
         for digest in (found.unwanted & resident).difference(beat.dropping):
             deadline_s = 0.0 if digest in now_gone else self._longest_s if digest in finishing else self._drain_s
             self._ask(digest, partial(self.drop, digest, deadline_s))
@@ -90,6 +96,11 @@ class Warden:
         finally:
             self._leave_alone(digest, _PATIENCE_S)
 
+    async def undrop(self, digest: str) -> Moved | Failed:
+        """Have the engine serve again what it was told to drop. Decrees that are being read now may be older."""
+        self._leave_alone(digest, _PATIENCE_S)
+        return await self._gateway.door.undrop(digest)
+
     async def pin(self, digest: str, on: bool) -> Moved | Failed:
         """Have the engine pin an adapter or let it go, and leave it alone meanwhile."""
         self._leave_alone(digest, _AGAIN_S)
@@ -101,12 +112,13 @@ class Warden:
     def _leave_alone(self, digest: str, seconds: float) -> None:
         self._quiet_until[digest] = self._monotonic() + seconds
 
-    def _ask(self, digest: str, work: Callable[[], Coroutine[Any, Any, Moved | Failed]]) -> None:
-        now = self._monotonic()
-        if now < self._quiet_until.get(digest, 0.0):
+    def _ask(self, digest: str, work: Callable[[], Coroutine[Any, Any, Moved | Failed]], what: str = "") -> None:
+        """what: a wish that the quiet which others keep does not hold up."""
+        now, about = self._monotonic(), what + digest
+        if now < self._quiet_until.get(about, 0.0):
             return
         self._quiet_until = {d: until for d, until in self._quiet_until.items() if now < until}
-        self._quiet_until[digest] = now + _PATIENCE_S  # until the task has begun
+        self._quiet_until[about] = now + _PATIENCE_S  # until the task has begun
 
         async def ask() -> None:
             told = await work()

@@ -100,7 +100,8 @@ class FakeEngine:
     """An EngineDoor that follows a script: token ids, or a Failed in their place.
 
     gate: while cleared, no token comes. pause_s: time between tokens. refusals: by digest, what warm, pin and drop
-    answer in place of Moved; warmed (digest -> ttl_s), pinned and dropped: what they were asked.
+    answer in place of Moved; warmed (digest -> ttl_s), pinned, dropped and undropped: what they were asked; going: what
+    is still being dropped.
     """
 
     script: Script = field(default_factory=lambda: say("Hello, world"))
@@ -116,6 +117,8 @@ class FakeEngine:
     pinned: set[str] = field(default_factory=set)
     dropped: list[tuple[str, float]] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
+    going: set[str] = field(default_factory=set)
+    undropped: list[str] = field(default_factory=list)
     aside: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -173,6 +176,7 @@ class FakeEngine:
             pinned=tuple(sorted(self.pinned)),
             warm=tuple(sorted(self.warmed)),
             quarantined=tuple(sorted(self.aside)),
+            dropping=tuple(sorted(self.going)),
         )
 
     @property
@@ -222,6 +226,13 @@ class FakeEngine:
         self.pinned.discard(digest)
         self.warmed.pop(digest, None)
         return Moved(0, digest, "gone", 100)
+
+    async def undrop(self, digest: str) -> Moved | Failed:
+        if (refusal := self._refusal(digest)) is not None:
+            return refusal
+        self.undropped.append(digest)
+        self.going.discard(digest)
+        return Moved(0, digest, "device", 100)
 
     def _refusal(self, digest: str) -> Failed | None:
         return self.refusals.get(digest) if self.connected else Failed(0, "not_ready", "no engine")

@@ -31,6 +31,7 @@ class FakeHost:
     loads: list[str] = field(default_factory=list)
     _held: dict[str, None] = field(default_factory=dict)
     _due: dict[str, float] = field(default_factory=dict)
+    _since: dict[str, float] = field(default_factory=dict)
 
     @property
     def budget_bytes(self) -> int:
@@ -43,6 +44,7 @@ class FakeHost:
         if digest in self.broken:
             return LoadState(Load.FAILED, ("adapter_load_failed", "gone"), retry_after_s=5.0)
         if digest not in self._due:
+            self._since[digest] = self.now
             self._due[digest] = self.now + self.load_s.get(digest, self.usual_s)
             self.loads.append(digest)
         return LoadState(Load.LOADING, source="store")
@@ -52,6 +54,9 @@ class FakeHost:
 
     def source_of(self, digest: str) -> str:
         return "host" if digest in self._held else "store"
+
+    def loading_s(self, digest: str) -> float:
+        return self.now - self._since[digest] if digest in self._due else 0.0
 
     def brought(self, digest: str) -> LoadTimes | None:
         return LoadTimes("store") if digest in self._held else None
@@ -122,6 +127,7 @@ class SchedulerCase:
         beams: int = 1,
         deadline_s: float = 600.0,
     ) -> Key:
+        self.host.now = self.now
         key = Key((0, next(self._numbers)))
         sampling = Sampling(max_tokens=tokens, num_beams=beams, ignore_eos=True)
         submit = Submit(key[1], (7,) * prompt, sampling, adapter, deadline_s=deadline_s, salt=tenant, reuse=False)

@@ -270,3 +270,42 @@ def test_the_last_policy_holds(registry: Registry) -> None:
     assert registry.policy("sum") == policy(min_n=20, length_ratio=(0.5, 2.0))
     with pytest.raises(InvalidRequest):
         registry.set_policy("sum", policy(min_n=0), "t")
+
+
+# -- what was looked at and what is moved ------------------------------------------------------------------------
+
+
+def test_a_flip_away_and_back_is_seen_by_its_generation(registry: Registry) -> None:
+    """The version alone says that nothing happened; whoever moved the alias twice has decided otherwise."""
+    for seed in range(3):
+        publish(registry, seed)
+    force: dict[str, Any] = {"who": "t", "force": True, "reason": "t"}
+    nowhere = registry.may_promote("sum", 2, force=True)
+    assert (nowhere.champion, nowhere.generation) == (None, 0)
+    registry.promote("sum", 1, **force)
+    with pytest.raises(GenerationMismatch):
+        registry.promote("sum", 2, **force, expected_generation=nowhere.generation)
+    seen = registry.may_promote("sum", 2, force=True)
+    registry.promote("sum", 3, **force)
+    registry.rollback("sum", who="t")
+    assert registry.resolve("sum").number == 1
+    with pytest.raises(GenerationMismatch, match="version 1 again, or still, but it moved"):
+        registry.promote("sum", 2, **force, expected_version=1, expected_generation=seen.generation)
+    with pytest.raises(GenerationMismatch, match="moved"):
+        registry.canaries.set_canary("sum", 2, 10, who="t", expected_generation=seen.generation)
+    assert registry.resolve("sum").number == 1
+    now = registry.may_promote("sum", 2, force=True)
+    assert registry.promote("sum", 2, **force, expected_generation=now.generation).generation == now.generation + 1
+
+
+def test_of_promotions_that_looked_at_one_generation_one_wins(registry: Registry, home: Home) -> None:
+    for seed in range(3):
+        publish(registry, seed)
+    force: dict[str, Any] = {"who": "t", "force": True, "reason": "t"}
+    registry.promote("sum", 1, **force)
+    other = Registry.open(home)
+    jobs = [partial(r.promote, "sum", n, **force, expected_generation=1) for r in (registry, other) for n in (2, 3)]
+    found = at_once(jobs)
+    assert sorted(type(each).__name__ for each in found) == ["GenerationMismatch"] * 3 + ["Move"]
+    assert len(registry.history("sum")) == 2
+    other.close()

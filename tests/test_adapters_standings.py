@@ -213,9 +213,9 @@ def test_a_promotion_is_judged_before_anything_is_loaded(three: Registry) -> Non
         three.may_promote("sum", 1)
     with pytest.raises(GenerationMismatch):
         three.may_promote("sum", 1, force=True, expected_version=2)
-    version, champion = three.may_promote("sum", 1, force=True)
-    assert champion is not None
-    assert (version.number, champion.number) == (1, 3)
+    found = three.may_promote("sum", 1, force=True)
+    assert found.champion is not None
+    assert (found.version.number, found.champion.number, found.generation) == (1, 3, 3)
     assert three.resolve("sum").number == 3
 
 

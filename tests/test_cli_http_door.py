@@ -25,7 +25,8 @@ from adapters.errors import (
     ServerUnreachable,
     Unavailable,
 )
-from adapters.http_door import HttpDoor, error_from_response
+from adapters.http_door import HttpDoor
+from adapters.http_errors import error_from_response
 
 
 def _tree(kind: type[LoraplaneError] = LoraplaneError) -> Iterator[type[LoraplaneError]]:

@@ -42,6 +42,9 @@ class Loaded:
     def source_of(self, digest: str) -> str:
         return "host"
 
+    def loading_s(self, digest: str) -> float:
+        return 0.0
+
     def brought(self, digest: str) -> None:
         return None
 

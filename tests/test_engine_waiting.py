@@ -114,6 +114,30 @@ def test_a_refusal_for_its_load_starts_the_load_so_that_trying_again_helps() -> 
     assert case.host.loads == ["a", "b"]
 
 
+@pytest.mark.parametrize("begun_by", ["a request that was refused", "a warm-up", "another tenant"])
+def test_of_a_load_that_somebody_else_began_only_what_is_left_counts(begun_by: str) -> None:
+    """It was forecast as if it began with the request, 3 s, though 2.5 of them had passed."""
+    case = SchedulerCase(host=FakeHost(usual_s=3.0))
+    case.submit("a")
+    case.run()
+    begun = case.now
+    match begun_by:
+        case "a warm-up":
+            case.host.want("b")
+        case "another tenant":
+            case.submit("b", tenant="first")
+        case _:
+            assert case.asked[case.submit("b", deadline_s=1.0)].code == "deadline_exceeded"
+    while case.now < begun + 2.5:
+        case.step()
+    late, soon = case.submit("b", deadline_s=0.3), case.submit("b", deadline_s=0.8)
+    assert case.asked[late].code == "deadline_exceeded"
+    assert case.asked[soon].endings == []
+    case.run()
+    assert case.asked[soon].code == "done"
+    assert case.host.loads == ["a", "b"]
+
+
 def test_a_deadline_behind_a_long_queue_is_refused_and_one_whose_turn_comes_first_is_not() -> None:
     """200 of one adapter wait, two rows: its next would start in half a minute; another adapter's starts at once."""
     case = SchedulerCase(rows=2)

@@ -261,3 +261,37 @@ async def test_a_pin_outlives_the_engine_that_held_it(live: Live) -> None:
     await until(lambda: live.engine.heartbeat().pinned == (version.digest,))
     assert (await live.client.delete("/v1/adapters/spell/versions/1/pin")).status_code == 200
     await until(lambda: live.engine.heartbeat().pinned == ())
+
+
+async def test_no_alias_moves_to_what_no_slot_can_be_had_for(live: Live) -> None:
+    """All three slots are pinned to others: a promotion warmed the version on the host, moved, and served nobody."""
+    live.shelf.publish("spell")
+    live.shelf.publish("spell")
+    live.check(await live.ask("spell", 6))
+    for name in ("a", "b", "c"):
+        live.shelf.publish(name)
+        assert (await live.client.put(f"/v1/adapters/{name}/versions/1/pin")).status_code == 200
+    body = {"version": 2, "force": True, "reason": "test"}
+    refused = await live.client.post("/v1/adapters/spell/promote", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "warm_failed")
+    assert "loraplane unpin" in refused.json()["error"]["message"]
+    assert live.shelf.registry.resolve("spell").number == 1
+    assert (await live.client.delete("/v1/adapters/a/versions/1/pin")).status_code == 200
+    assert (await live.client.post("/v1/adapters/spell/promote", json=body)).status_code == 200
+    live.check(await live.ask("spell", 6))
+
+
+async def test_a_restored_version_is_served_at_once_though_its_drain_goes_on(live: Live) -> None:
+    live.shelf.publish("spell")
+    live.shelf.publish("spell")
+    running = asyncio.create_task(live.ask("spell@1", 140))
+    await live.begun(1)
+    live.shelf.flip("spell", 2)
+    path = "/v1/adapters/spell/versions/1"
+    retiring = asyncio.create_task(live.client.post(f"{path}/retire", json={"reason": "old", "deadline_s": 60}))
+    await until(lambda: bool(live.engine.heartbeat().dropping))
+    assert (await live.client.post(f"{path}/restore", json={"reason": "not so old"})).status_code == 200
+    live.check(await live.ask("spell@1", 6))
+    assert not running.done(), "nothing was to be shown: the drain was over"
+    assert (await retiring).json()["residency"]["tier"] == "device"
+    live.check(await running)

@@ -70,6 +70,7 @@ async def test_residency_tells_tiers_leases_and_why_an_adapter_is_set_aside(case
         answer = await client.get(URL)
     assert answer.status_code == 200, answer.text
     (replica,) = answer.json()["replicas"]
+    assert replica["age_s"] == case.engine.heartbeat_age == 0.1
     assert replica["disk"] == {"adapters": 3, "bytes": 300, "bytes_limit": 1000}
     assert replica["evicted"] == {"device": 1, "host": 4}
     ours, aside, warm = replica["adapters"]

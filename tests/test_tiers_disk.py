@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import socket
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +154,74 @@ def test_what_follows_a_name_out_of_the_folder_or_never_ends_is_not_read(folder:
     path.unlink(missing_ok=True)
     os.mkfifo(path)
     assert tier.get(ONE) is None
+
+
+def test_a_folder_in_a_files_place_makes_way_and_loses_nothing(folder: Path, tmp_path: Path) -> None:
+    """No digest was ever kept whose file's name a folder had, each look leaked a descriptor, and once that folder was
+    to be evicted nothing was kept any more."""
+    tier = disk_tier(folder, budget_bytes=20 << 10)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "kept").write_text("outside")
+    empty, full = tier._path(ONE), tier._path(TWO)
+    empty.mkdir()
+    full.mkdir()
+    (full / "notes").write_text("not ours")
+    (full / "way-out").symlink_to(tmp_path / "theirs")
+    os.utime(full, (1.0, 1.0))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    assert (tier.bytes_of(ONE), tier.bytes_of(TWO)) == (0, 0)
+    assert (tier.get(ONE), tier.healed) == (None, 1)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    for digest in (ONE, TWO):
+        tier.put(adapter_of(digest, 4 << 10), 0.1)
+        assert tier.get(digest) is not None
+    for n in range(10, 14):  # more than fit: others go
+        tier.put(adapter_of(digest_of(n), 4 << 10), 0.1)
+        assert tier.get(digest_of(n)) is not None
+    (aside,) = [path for path in folder.iterdir() if path.is_dir()]
+    assert (aside / "notes").read_text() == "not ours"
+    assert (tmp_path / "theirs" / "kept").read_text() == "outside"
+    assert tier.evictions > 0
+
+
+def test_a_folder_with_a_files_name_is_neither_counted_nor_evicted(folder: Path) -> None:
+    first = disk_tier(folder)
+    stranger = first._path(digest_of(99))
+    stranger.mkdir()
+    (stranger / "notes").write_text("not ours")
+    os.utime(stranger, (1.0, 1.0))
+    tier = disk_tier(folder, budget_bytes=20 << 10)
+    assert (tier.count, tier.bytes) == (0, 0)
+    for n in range(8):
+        tier.put(adapter_of(digest_of(n), 4 << 10), 0.1)
+        assert tier.get(digest_of(n)) is not None
+    assert (stranger / "notes").exists()
+    assert tier.drop(digest_of(99)) == 0
+    assert not stranger.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "loop", "pipe", "socket"])
+def test_what_is_no_file_is_taken_away_at_the_first_look(kind: str, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="lp-") as short:  # a socket's path has at most 107 bytes
+        tier = disk_tier(Path(short))
+        path, elsewhere = tier._path(ONE), tmp_path / "elsewhere"
+        elsewhere.write_bytes(b"theirs")
+        match kind:
+            case "link":
+                path.symlink_to(elsewhere)
+            case "loop":
+                path.symlink_to(path.name)
+            case "pipe":
+                os.mkfifo(path)
+            case _:
+                with socket.socket(socket.AF_UNIX) as plug:
+                    plug.bind(str(path))
+        assert (tier.get(ONE), tier.healed) == (None, 1)
+        assert not path.is_symlink()
+        assert not path.exists()
+        assert elsewhere.read_bytes() == b"theirs"
+        tier.put(adapter_of(ONE), 0.1)
+        assert tier.get(ONE) is not None
 
 
 def test_the_budget_holds_and_what_is_cheap_to_make_goes_before_what_is_not(folder: Path) -> None:

@@ -15,7 +15,7 @@ from serving.engine.admission import ALL_PINNED
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Decoder
 from serving.engine.plan import Key
-from serving.engine.request import Drop, Failed, Finished, Keep, Moved, Pin, Timing, Tokens, Unpin, Warm
+from serving.engine.request import Drop, Failed, Finished, Keep, Moved, Pin, Timing, Tokens, Undrop, Unpin, Warm
 from tests.engine_case import EngineCase, load_tiny, read_peft
 from tests.test_engine_link import Replica, connected, replica
 
@@ -126,6 +126,25 @@ def test_a_pin_is_refused_at_once_where_every_slot_is_pinned(decoder: Decoder, t
     assert (refused.code, refused.message) == ("adapter_capacity", ALL_PINNED)
 
 
+def test_warming_is_refused_at_once_where_every_slot_is_pinned_to_others(
+    decoder: Decoder, tiny_adapters: list[Path]
+) -> None:
+    """Promotions warm first: the alias moved to a version that was on the host, and all its requests were refused."""
+    case = EngineCase(decoder, slots=2)
+    pin(case, tiny_adapters[0])
+    assert isinstance(warm(case, tiny_adapters[2]), Moved)
+    pin(case, tiny_adapters[1])
+    loads = case.host.counts.loads["store"]
+    for adapter in tiny_adapters[2:4]:
+        refused = warm(case, adapter)
+        assert isinstance(refused, Failed)
+        assert (refused.code, refused.message) == ("adapter_capacity", ALL_PINNED)
+    assert case.host.counts.loads["store"] == loads, "what would serve nobody was loaded"
+    assert isinstance(warm(case, tiny_adapters[0]), Moved)
+    answered(case, case.keep(partial(Unpin, digest=str(tiny_adapters[0]))))
+    assert isinstance(warm(case, tiny_adapters[3]), Moved)
+
+
 def timing_of(case: EngineCase, key: Key) -> Timing:
     """What an answer says of where its time went."""
     return next(e.timing for e in case.answers[key].events if isinstance(e, Tokens) and e.timing)
@@ -207,6 +226,45 @@ def test_a_sequence_that_ends_in_time_is_not_cut_by_a_drop(decoder: Decoder, tin
     assert isinstance(moved, Moved)
     assert isinstance(case.answers[key].endings[0], Finished)
     assert len(case.answers[key].ids) == 10
+
+
+def test_a_drop_that_is_called_off_ends_nobody_and_the_adapter_is_served_at_once(
+    decoder: Decoder, tiny_adapters: list[Path]
+) -> None:
+    """A version that was retired and brought back was refused until the last answer of before had ended."""
+    case = EngineCase(decoder, slots=2)
+    long = case.submit(PROMPT, tiny_adapters[0], max_tokens=200, ignore_eos=True)
+    case.run(lambda: bool(case.answers[long].ids))
+    going = [case.keep(partial(Drop, digest=str(tiny_adapters[0]), deadline_s=5.0)) for _ in range(2)]
+    case.step()
+    refused = case.submit(PROMPT, tiny_adapters[0])
+    case.step()
+    assert isinstance(case.answers[refused].endings[0], Failed)
+    back = answered(case, case.keep(partial(Undrop, digest=str(tiny_adapters[0]))))
+    assert isinstance(back, Moved)
+    assert (back.tier, back.bytes > 0) == ("device", True)
+    assert [told.tier for key in going if isinstance(told := case.told[key], Moved)] == ["device"] * 2
+    late = case.submit(PROMPT, tiny_adapters[0])
+    case.run(lambda: bool(case.answers[late].endings))
+    assert isinstance(case.answers[late].endings[0], Finished)
+    case.time += 10.0  # long past the time that the drop would have waited
+    case.run()
+    assert isinstance(case.answers[long].endings[0], Finished)
+    assert len(case.answers[long].ids) == 200
+    assert case.host.counts.loads["store"] == 1
+
+
+def test_calling_off_a_drop_that_nobody_asked_for_changes_nothing(decoder: Decoder, tiny_adapters: list[Path]) -> None:
+    case = EngineCase(decoder)
+    for tier in ("gone", "device"):
+        told = answered(case, case.keep(partial(Undrop, digest=str(tiny_adapters[0]))))
+        assert isinstance(told, Moved)
+        assert told.tier == tier
+        case.answer(case.submit(PROMPT, tiny_adapters[0]))
+    drop(case, tiny_adapters[0])
+    told = answered(case, case.keep(partial(Undrop, digest=str(tiny_adapters[0]))))
+    assert isinstance(told, Moved)
+    assert (told.tier, told.bytes) == ("gone", 0)
 
 
 def test_after_a_drop_the_same_digest_is_loaded_anew(decoder: Decoder, tiny_adapters: list[Path]) -> None:

@@ -267,6 +267,19 @@ def test_what_a_dropped_load_has_brought_is_given_to_nobody() -> None:
     assert case.idle()
 
 
+def test_a_load_tells_for_how_long_it_has_been_under_way_whoever_asks_again() -> None:
+    case = TierCase()
+    assert case.tier.loading_s(ONE) == 0.0
+    case.tier.want(ONE)
+    case.time += 1.5
+    case.workers.run(DISK)  # it goes on to the next pool, and is wanted again: it is one load all the same
+    case.tier.want(ONE)
+    case.time += 1.0
+    assert (case.tier.loading_s(ONE), case.tier.loading_s(TWO)) == (2.5, 0.0)
+    case.settle()
+    assert case.tier.loading_s(ONE) == 0.0
+
+
 def test_each_part_of_a_load_is_timed_and_counted_by_source() -> None:
     case = TierCase()
 

@@ -18,7 +18,7 @@ from adapters.errors import (
     ServerUnreachable,
     Unavailable,
 )
-from adapters.http_door import error_from_response
+from adapters.http_errors import error_from_response
 from adapters.prompts import Message, dressed, flat
 from adapters.records import PromptFormat
 from adapters.reports import Role

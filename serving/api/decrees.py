@@ -91,7 +91,7 @@ def _mount_moves(app: FastAPI, services: Services) -> None:
 
 
 def _mount_withdrawals(app: FastAPI, services: Services) -> None:
-    registry, flips, metrics = services.registry, services.flips, services.metrics
+    flips, metrics = services.flips, services.metrics
     drain_s = services.settings.retire_drain_s
 
     @app.post(
@@ -135,7 +135,7 @@ def _mount_withdrawals(app: FastAPI, services: Services) -> None:
     )
     async def restore(request: Request, name: Name, number: Number, body: RestoreRequest) -> Response:
         who = caller_of(request).name
-        found = await asyncio.to_thread(registry.standings.restore, name, number, who=who, reason=body.reason)
+        found = await flips.restore(name, number, who=who, reason=body.reason)
         metrics.moved(MoveAction.RESTORE.value)
         return JSONResponse(standing_to_json(found))
 

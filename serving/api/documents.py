@@ -276,9 +276,13 @@ class ResidentAdapter(Shape):
 
 
 class ReplicaResidency(Shape):
-    """A replica's tiers, and the adapters that it holds. left_out: how many more there are than `limit`."""
+    """A replica's tiers, and the adapters that it holds, as its last heartbeat told, which came age_s seconds ago.
+
+    left_out: how many more adapters there are than `limit`.
+    """
 
     replica: str
+    age_s: float
     slots: SlotRoom
     host: TierRoom
     disk: TierRoom

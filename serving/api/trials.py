@@ -1,6 +1,6 @@
 """What is tried beside an alias, over HTTP: canaries and shadows, begun, shown and ended.
 
-Endpoints are plain functions: FastAPI runs them in threads, since the registry blocks.
+Endpoints are plain functions, which FastAPI runs in threads, since the registry blocks; but a canary is warmed first.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class StopRequest(Closed):
 
 def mount(app: FastAPI, services: Services) -> None:
     """Add the routes."""
-    canaries, metrics = services.registry.canaries, services.metrics
+    canaries, flips, metrics = services.registry.canaries, services.flips, services.metrics
 
     @app.get(
         "/v1/adapters/{name}/canary",
@@ -85,10 +85,10 @@ def mount(app: FastAPI, services: Services) -> None:
         response_model=Record,
         responses=_WRITE,
         tags=["trials"],
-        summary="Let a version answer some of an alias's requests",
+        summary="Warm a version, then let it answer some of an alias's requests",
     )
-    def set_canary(request: Request, name: Name, body: CanaryRequest) -> Response:
-        split = canaries.set_canary(
+    async def set_canary(request: Request, name: Name, body: CanaryRequest) -> Response:
+        split = await flips.set_canary(
             name,
             body.version,
             body.percent,
@@ -97,7 +97,7 @@ def mount(app: FastAPI, services: Services) -> None:
             sticky=Sticky(body.sticky),
             limits=CanaryLimits(**body.limits.model_dump()),
             reason=body.reason or "",
-            expected_version=_expected(body),
+            expected=_expected(body),
         )
         metrics.moved(MoveAction.CANARY.value)
         return JSONResponse(split_to_json(split))

@@ -63,11 +63,10 @@ class Admission:
         number, digest = sequence.submit.id, sequence.adapter
         if digest is not None and (aside := self._breaker.aside_s(digest, now)):
             return self._set_aside(sequence, aside)
-        pinned = self._slots.pinned
-        if digest is not None and len(pinned) == self._slots.slots and digest not in pinned:
+        if digest is not None and self._slots.barred(digest):
             retry = self.forecast.clamp(0.0)
             return Failed(number, "adapter_capacity", ALL_PINNED, retry_after_s=retry)
-        if refusal := self._too_late(sequence, now):
+        if refusal := self._too_late(sequence):
             return refusal
         # A burst between two steps waits beside rows that are still free: those places count too.
         if len(self.queue) >= self._queue_limit + self._free:
@@ -95,10 +94,10 @@ class Admission:
         why = f"{self._queue_limit} requests wait already."
         return Failed(sequence.submit.id, "queue_full", why, retry_after_s=retry)
 
-    def _too_late(self, sequence: Sequence, now: float) -> Failed | None:
+    def _too_late(self, sequence: Sequence) -> Failed | None:
         """The refusal of a sequence that could not even start before its deadline. Its load starts all the same."""
         deadline_s, free = sequence.submit.deadline_s, self._free
-        load_s = 0.0 if sequence.adapter is None else self._load_s(sequence.adapter, sequence, now)
+        load_s = 0.0 if sequence.adapter is None else self._load_s(sequence.adapter)
         wait_s = self.forecast.wait_s(len(self.queue), free)
         if wait_s >= deadline_s:  # behind all the others; now see how many of them are ahead in turn
             wait_s = self.forecast.wait_s(self.queue.ahead(sequence.scope, self.forecast.cost), free)
@@ -111,12 +110,12 @@ class Admission:
         retry = self.forecast.clamp(expected_s - deadline_s)
         return Failed(sequence.submit.id, "deadline_exceeded", why, retry_after_s=retry)
 
-    def _load_s(self, digest: str, sequence: Sequence, now: float) -> float:
+    def _load_s(self, digest: str) -> float:
+        """What is left of the adapter's load. Somebody else may have begun it: a warm-up, a tenant, one refused."""
         if self._slots.holds(digest) or self._loader.bytes_of(digest):
             return 0.0
-        lane = self.queue.lane(sequence.scope)
-        spent = now - lane.loading_since if lane is not None and lane.loading_since is not None else 0.0
-        return max(0.0, self.forecast.load_s(self._loader.source_of(digest), self._sizes.get(digest, 0)) - spent)
+        whole_s = self.forecast.load_s(self._loader.source_of(digest), self._sizes.get(digest, 0))
+        return max(0.0, whole_s - self._loader.loading_s(digest))
 
     # -- who starts -----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from serving.engine.admission import ALL_PINNED
 from serving.engine.breaker import Doubt
 from serving.engine.plan import Key, Load, Outgoing
-from serving.engine.request import Drop, Failed, Keep, LoadTimes, Moved, Pin, Submit, Unpin, Warm
+from serving.engine.request import Drop, Failed, Keep, LoadTimes, Moved, Pin, Submit, Undrop, Unpin, Warm
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import NoSlotFree, Placement, SlotTable
 from serving.loader import HostTier
@@ -96,6 +96,10 @@ class Keeper:
             going.until = min(going.until, now + message.deadline_s)
             going.keys.append(key)
             return []
+        if isinstance(message, Undrop):
+            called_off = self._going.pop(digest, None)
+            keys = [*(called_off.keys if called_off is not None else ()), key]
+            return [(each, self._where(each[1], digest)) for each in keys]
         if digest in self._going:
             return [(key, self._unloaded(number, digest))]
         if len(self._wishes) >= MAX_WISHES:
@@ -143,6 +147,8 @@ class Keeper:
         if refusal := self._set_aside(number, digest, now):
             return [(wish.key, refusal)]
         on_device = self._slots.holds(digest)
+        if self._slots.barred(digest):
+            return [(wish.key, Failed(number, "adapter_capacity", ALL_PINNED, retry_after_s=1.0))]
         if on_device and self._unproven(digest):
             return []
         if on_device and isinstance(message, Pin):
@@ -163,10 +169,9 @@ class Keeper:
         try:
             placement = self._slots.place(digest)
         except NoSlotFree:
-            pinned = len(self._slots.pinned) == self._slots.slots  # which waiting does not change
-            if now < wish.until and not pinned:
+            if now < wish.until:
                 return []
-            full = ALL_PINNED if pinned else "Every slot is leased or pinned."
+            full = "Every slot is leased or pinned."
             return [(wish.key, Failed(number, "adapter_capacity", full, retry_after_s=1.0))]
         failures = self._install(digest, placement)
         if not self._slots.holds(digest):  # its installation failed, and the slot was emptied

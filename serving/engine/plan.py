@@ -61,6 +61,9 @@ class Loader(Protocol):
     def source_of(self, digest: str) -> str:
         """The tier that an adapter lies in now, as far as is known. Starts nothing."""
 
+    def loading_s(self, digest: str) -> float:
+        """For how long the adapter's load has been under way, whoever wanted it; 0 without one. Starts nothing."""
+
     def brought(self, digest: str) -> LoadTimes | None:
         """What the load took that brought an adapter to the host; None when it is not there. Starts nothing."""
 

@@ -2,8 +2,8 @@
 
 A gateway sends Submit and Cancel; an engine answers with Tokens and exactly one ending (Finished or Failed) for
 each submitted sequence, and with a Heartbeat about once a second. One frame of a step carries the events of all
-sequences of one gateway (`Events`). Warm, Pin, Unpin and Drop say which adapters are kept and which must go: each is
-answered once, by Moved or by Failed.
+sequences of one gateway (`Events`). Warm, Pin, Unpin, Drop and Undrop say which adapters are kept and which must go:
+each is answered once, by Moved or by Failed.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 class Warm(msgspec.Struct, frozen=True, tag=True):
     """Bring an adapter to the host, and to a slot if one is empty; it stays on the host for ttl_s seconds at least.
 
-    `id` is of the same numbers as Submit's, here and in the three below. Answered once it is there, or cannot be.
+    `id` is of the same numbers as Submit's, here and in the four below. Answered once it is there, or cannot be.
     """
 
     id: int
@@ -132,6 +132,14 @@ class Drop(msgspec.Struct, frozen=True, tag=True):
     id: int
     digest: str
     deadline_s: float
+
+
+class Undrop(msgspec.Struct, frozen=True, tag=True):
+    """Call a Drop off: the adapter's sequences are taken again at once, and no running one is ended for it. Who asked
+    for the Drop is told where the adapter lies. What has gone already is loaded anew when it is asked for."""
+
+    id: int
+    digest: str
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -217,7 +225,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Moved(msgspec.Struct, frozen=True, tag=True):
-    """Answers Warm, Pin, Unpin and Drop. tier: where the adapter lies now: device, host, or `gone`.
+    """Answers Warm, Pin, Unpin, Drop and Undrop. tier: where the adapter lies now: device, host, or `gone`.
 
     bytes: of its tensors; after Drop, what was freed on all tiers. load: of a load that was waited for.
     """
@@ -335,6 +343,6 @@ def answer_room(prompt_tokens: int, max_model_len: int, max_answer_len: int) -> 
     return max_answer_len if prompt_tokens <= max_model_len else 0
 
 
-Keep = Warm | Pin | Unpin | Drop
+Keep = Warm | Pin | Unpin | Drop | Undrop
 ToEngine = Hello | Submit | Cancel | Keep
 FromEngine = EngineFacts | Heartbeat | Events

@@ -59,6 +59,10 @@ class SlotTable:
         """Whether `acquire` would succeed now."""
         return digest in self._by_digest or any(s.digest is None or s.can_go_but(spare) for s in self._slots)
 
+    def barred(self, digest: str) -> bool:
+        """Whether every slot is pinned to another adapter: no waiting changes that."""
+        return digest not in self._by_digest and all(slot.pinned for slot in self._slots)
+
     @property
     def empty(self) -> int:
         """Slots that hold nothing."""

@@ -47,11 +47,17 @@ class Judge:
         for withdrawn in self._registry.withdrawals:
             if withdrawn.standing.digest != digest:
                 continue
-            if withdrawn.at < request.begun < withdrawn.until:
+            if withdrawn.at < request.begun and request.pinned_at < withdrawn.until:
                 raise Broken(f"{request} was answered though its version was withdrawn at {withdrawn.at}")
             went_on = request.outcome == GOOD and request.begun < withdrawn.at < request.ended - REVOKED_S
             if withdrawn.ends_running and went_on:
                 raise Broken(f"{request} went on though its version was revoked at {withdrawn.at}")
+
+    def _served_from(self, digest: str) -> float:
+        """From when on nobody may be refused an adapter because it is being dropped. Where a replica or a connection
+        was lost, its drop may be called off later."""
+        happened = self._happened
+        return float("inf") if happened.lost else happened.restored.get(digest, float("inf"))
 
     def _asks_for_trouble(self, request: Request) -> bool:
         if request.model in ("base", "absent"):
@@ -70,7 +76,7 @@ class Judge:
             "adapter_numerics": bool(meant & happened.struck),
             "adapter_quarantined": bool(meant & happened.struck),
             "adapter_load_failed": bool(meant & happened.troubled) or bool(plan.odds["install"]),
-            "adapter_unloaded": bool(meant & happened.dropped),
+            "adapter_unloaded": any(request.begun <= self._served_from(digest) for digest in meant & happened.dropped),
             "version_retired": bool(meant & withdrawn),
             "version_revoked": bool(meant & withdrawn),
             "adapter_capacity": bool(meant) and not plan.patient,

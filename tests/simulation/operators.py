@@ -25,7 +25,7 @@ class Operators:
         self._gentle: list[Operation] = [self.publish, self.promote, self.promote, self.roll_back]
         self._rough: list[Operation] = [
             *(self.trouble_store, self.trouble_store, self.kill, self.cut, self.warm, self.pin, self.drop),
-            *(self.retire, self.revoke),
+            *(self.retire, self.revoke, self.revoke_by_mistake),
         ]
 
     async def act(self, after_s: float) -> None:
@@ -44,6 +44,11 @@ class Operators:
 
     def _number(self, held: SimName) -> int:
         return self._rng.randint(1, len(held.versions))
+
+    def _drops(self, digest: str) -> None:
+        """It is taken out of service, until who knows when."""
+        self._world.happened.dropped.add(digest)
+        self._world.happened.restored.pop(digest, None)
 
     async def publish(self, name: str, held: SimName) -> object:
         return self._world.publish(name)
@@ -69,19 +74,32 @@ class Operators:
 
     async def retire(self, name: str, held: SimName) -> object:
         number = self._number(held)
-        self._world.happened.dropped.add(held.versions[number - 1].digest)
+        self._drops(held.versions[number - 1].digest)
         deadline_s = self._rng.choice((0.0, 0.1, 1.0))
         return await self._world.flips.retire(name, number, who="sim", reason="sim", deadline_s=deadline_s)
 
     async def revoke(self, name: str, held: SimName) -> object:
         number = self._number(held)
-        self._world.happened.dropped.add(held.versions[number - 1].digest)
+        self._drops(held.versions[number - 1].digest)
         in_flight = self._rng.choice(list(InFlight))
         return await self._world.flips.revoke(name, number, who="sim", reason="sim", in_flight=in_flight)
 
+    async def revoke_by_mistake(self, name: str, held: SimName) -> object:
+        """And restore it a moment later, while what ran goes on: from then on it is to be served."""
+        number, flips, happened = self._number(held), self._world.flips, self._world.happened
+        digest = held.versions[number - 1].digest
+        alone = digest not in happened.dropped
+        happened.dropped.add(digest)
+        told = await flips.revoke(name, number, who="sim", reason="sim", in_flight=InFlight.FINISH)
+        await asyncio.sleep(self._rng.choice((0.02, 0.05, 0.5)))
+        await flips.restore(name, number, who="sim", reason="a mistake")
+        if alone:
+            happened.restored[digest] = self._world.loop.time()
+        return told
+
     async def drop(self, name: str, held: SimName) -> object:
         version = self._rng.choice(held.versions)
-        self._world.happened.dropped.add(version.digest)
+        self._drops(version.digest)
         return await self._world.door.drop(version.digest, self._rng.choice((0.0, 0.1, 1.0)))
 
     async def trouble_store(self, name: str, held: SimName) -> object:

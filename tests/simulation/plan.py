@@ -99,9 +99,11 @@ class Request:
 @dataclass
 class Happened:
     """What a request may give as its reason. lost: a replica or a connection was; the others are digests: whose loads
-    may have failed, whose numbers were not finite, and who was taken out of service."""
+    may have failed, whose numbers were not finite, and who was taken out of service; restored: since when, where
+    nobody else did that."""
 
     lost: bool = False
     troubled: set[str] = field(default_factory=set)
     struck: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
+    restored: dict[str, float] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from adapters.alias_moves import ANY, Expected
+from adapters.alias_moves import ANY, Expected, Promotable
 from adapters.canaries import Route
 from adapters.errors import Conflict, GenerationMismatch, ModelNotFound, NoChampion, VersionRetired, VersionRevoked
 from adapters.records import (
@@ -76,7 +76,14 @@ class SimStandings:
         self.registry.withdrawals.append(SimWithdrawal(standing, self.registry.now()))
         return standing
 
-    def restore(self) -> None:
+    def restore(self, name: str, number: int, *, who: str, reason: str) -> Standing:
+        """See Standings."""
+        for withdrawn in self.registry.withdrawals:
+            if (withdrawn.standing.name, withdrawn.standing.number) == (name, number):
+                withdrawn.until = min(withdrawn.until, self.registry.now())
+        return self._standing(name, number, VersionState.LIVE, InFlight.FINISH, pinned=False)
+
+    def heal(self) -> None:
         """Everything is in service again, and nothing is pinned."""
         self.pinned.clear()
         for withdrawn in self.registry.withdrawals:
@@ -149,13 +156,14 @@ class SimRegistry:
 
     def may_promote(
         self, name: str, number: int, *, force: bool = False, expected_version: Expected = ANY
-    ) -> tuple[AdapterVersion, AdapterVersion | None]:
+    ) -> Promotable:
         """See Registry."""
-        version, now = self.version(name, number), self.names[name].moves[-1][1]
+        version, moves = self.version(name, number), self.names[name].moves
+        now = moves[-1][1]
         self._refuse_withdrawn(version)
         if expected_version != ANY and expected_version != now:
             raise GenerationMismatch(name, CHAMPION, expected_version, now)
-        return version, self.version(name, now)
+        return Promotable(version, self.version(name, now), len(moves))
 
     def promote(
         self,
@@ -166,9 +174,12 @@ class SimRegistry:
         reason: str = "",
         force: bool = False,
         expected_version: Expected = ANY,
+        expected_generation: int | None = None,
     ) -> Move:
         """See Registry."""
-        self.may_promote(name, number, expected_version=expected_version)
+        found = self.may_promote(name, number, expected_version=expected_version)
+        if expected_generation not in (None, found.generation):
+            raise GenerationMismatch(name, CHAMPION, expected_generation, found.generation, moved=True)
         return self._move(name, number, MoveAction.FORCED)
 
     def rollback(

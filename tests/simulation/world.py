@@ -154,7 +154,7 @@ class World:
         self._heal()
         everybody = [*clients, *operators]
         await self._until(lambda: all(task.done() for task in everybody), LONG_S + 10, "every request ends")
-        self.registry.standings.restore()
+        self.registry.standings.heal()
         await self._rest()
         await self._probe()
         await self._rest()

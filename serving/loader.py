@@ -15,11 +15,11 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Protocol
 
 import structlog
 
 from adapters.errors import AdapterLoadFailed, AdapterRefused, LoraplaneError, Unavailable
+from serving.below import Below, Nothing
 from serving.engine.demand import Demand
 from serving.engine.lora import HostAdapter
 from serving.engine.plan import Load, LoadState
@@ -37,50 +37,6 @@ _log = structlog.get_logger()
 
 Bringing = Generator[str, None, HostAdapter]
 """A load: it yields the pool that its next part is to run in; the first runs in the disk's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """The disk tier in numbers: adapters and bytes there, its bound, damaged files made anew, evictions."""
-
-    count: int = 0
-    bytes: int = 0
-    budget_bytes: int = 0
-    healed: int = 0
-    evictions: int = 0
-
-
-class Below(Protocol):
-    """The tiers below the host's, beside their reading. `keep` and `drop` run in the pool that writes."""
-
-    @property
-    def figures(self) -> Figures:
-        """What lies there."""
-
-    def keep(self, adapter: HostAdapter, times: LoadTimes) -> None:
-        """Keep what came from the store nearer than there."""
-
-    def drop(self, digest: str) -> None:
-        """Forget an adapter."""
-
-    def bytes_of(self, digest: str) -> int:
-        """Bytes of an adapter there; 0 when it is not. Does not wait."""
-
-
-class Nothing:
-    """No tier below that keeps anything."""
-
-    figures = Figures()
-
-    def keep(self, adapter: HostAdapter, times: LoadTimes) -> None:
-        """See Below."""
-
-    def drop(self, digest: str) -> None:
-        """See Below."""
-
-    def bytes_of(self, digest: str) -> int:
-        """See Below."""
-        return 0
 
 
 @dataclass(slots=True)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from serving.below import Figures
 from serving.disk_tier import DiskTier
 from serving.engine.lora import HostAdapter
 from serving.engine.request import LoadTimes
 from serving.load_workers import BUILD, STORE
-from serving.loader import Bringing, Figures
+from serving.loader import Bringing
 from serving.store_tier import StoreTier
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import AdapterLoadFailed, AdapterRefused, Reason, RecordNotFound
+from serving.below import Figures
 from serving.engine.lora import HostAdapter
 from serving.engine.plan import Load
 from serving.engine.request import LOAD_BUCKETS_S, LoadTimes
 from serving.load_workers import BUILD, DISK, STORE, STORE_WORKERS, WRITE
-from serving.loader import MAX_UNDER_WAY, MAX_WRITES, Bringing, Figures, HostTier
+from serving.loader import MAX_UNDER_WAY, MAX_WRITES, Bringing, HostTier
 from tests.tiers_case import TierCase, adapter_of, digest_of, disk_tier
 
 SEED = 20261122
@@ -22,7 +23,7 @@ ONE, TWO, THREE = (digest_of(n) for n in (1, 2, 3))
 
 
 class Shelf:
-    """A tier below that remembers what it was told. Implements serving.loader.Below."""
+    """A tier below that remembers what it was told. Implements serving.below.Below."""
 
     figures = Figures()
 

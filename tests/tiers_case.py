@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from serving.below import Below
 from serving.disk_tier import DiskTier
 from serving.engine.lora import HostAdapter
 from serving.engine.plan import Load
 from serving.load_workers import STORE
-from serving.loader import Below, Bringing, HostTier
+from serving.loader import Bringing, HostTier
 from serving.packed_file import Target
 
 TARGET = Target("b" * 64, "float32", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def _check_card(device: str) -> None:
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
         reason = str(error).partition("\n")[0]
         raise pytest.UsageError(f"--device {device}: torch cannot use it here ({reason}); try --device cpu") from None
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test that computes with more threads leaves none to those after it, which were sixty times slower by them."""
+    yield
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.get_num_threads() != 1 and os.environ["OMP_NUM_THREADS"] == "1":
+            torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

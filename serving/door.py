@@ -43,8 +43,9 @@ class EngineDoor(Protocol):
         Closing the iterator early (aclose, or cancelling the task that reads it) cancels the sequence.
         """
 
-    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+    async def warm(self, digest: str, ttl_s: float, *, prove: bool = False) -> Moved | Failed:
         """Have an adapter on the host, and keep it there for ttl_s seconds; returns once it is there, or why not.
+        prove: let it prove itself too, if it never has; in a slot that nobody uses, where there is one.
 
         Failed is with the load's own code, `adapter_capacity`, `adapter_unloaded`, `engine_lost` or `not_ready`. Giving
         up the wait (a timeout, a cancellation) leaves the load as it is. An engine that restarts has forgotten what was

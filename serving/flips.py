@@ -212,7 +212,8 @@ class Flips:
     async def _make_ready(self, version: AdapterVersion, otherwise: str) -> None:
         """otherwise: what can be done where it fails. Raises WarmFailed unless it is warm within the deadline."""
         try:
-            await self._warmed(version, self._hold(version) or _BARELY_S)
+            # An alias that moved to what its first request finds wanting would answer nobody.
+            await self._warmed(version, self._hold(version) or _BARELY_S, prove=True)
         except SlotsPinned as error:
             # Neither time helps, nor leaving out the warming: all requests for it would be refused.
             raise WarmFailed(version.id, str(error)) from error
@@ -224,12 +225,12 @@ class Flips:
             why = f"The engine has it set aside; see GET /v1/adapters/residency. {otherwise}"
             raise WarmFailed(version.id, why, 30.0)
 
-    async def _warmed(self, version: AdapterVersion, ttl_s: float) -> Moved:
+    async def _warmed(self, version: AdapterVersion, ttl_s: float, *, prove: bool = False) -> Moved:
         limit = self._limits.warm_deadline_s
         self._gateway.resolver.remember(version)
         try:
             async with asyncio.timeout(limit):
-                told = await self._gateway.door.warm(version.digest, ttl_s)
+                told = await self._gateway.door.warm(version.digest, ttl_s, prove=prove)
         except TimeoutError:
             raise AdapterLoadFailed(f"{version.id} was not loaded within {limit:g} s.", retry_after_s=10.0) from None
         return _moved(told, version.id)

@@ -303,9 +303,9 @@ class EngineLink:
             if not ended and self._writer is writer:
                 writer.write(_pack(Cancel(number)))
 
-    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+    async def warm(self, digest: str, ttl_s: float, *, prove: bool = False) -> Moved | Failed:
         """See EngineDoor."""
-        return await self._ask(Warm(next(self._ids), digest, ttl_s))
+        return await self._ask(Warm(next(self._ids), digest, ttl_s, prove))
 
     async def pin(self, digest: str, on: bool) -> Moved | Failed:
         """See EngineDoor."""

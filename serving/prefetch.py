@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,12 +82,17 @@ class Warmer(Protocol):
 
 
 class Prefetch:
-    """Watches what is asked for (serving.answers.Observer) and warms through one door. size_of: bytes by digest."""
+    """Watches what is asked for (serving.answers.Observer) and warms through one door. size_of: bytes by digest;
+    unwanted: what no version in service consists of any more, however much it was asked for."""
 
     def __init__(
-        self, door: Warmer, size_of: Callable[[str], int | None], now: Callable[[], float] = time.monotonic
+        self,
+        door: Warmer,
+        size_of: Callable[[str], int | None],
+        now: Callable[[], float] = time.monotonic,
+        unwanted: Callable[[], Container[str]] = tuple,
     ) -> None:
-        self._door, self._size_of, self._now = door, size_of, now
+        self._door, self._size_of, self._now, self._unwanted = door, size_of, now, unwanted
         self._demand = Demand(now)
         self._seen: OrderedDict[str, float] = OrderedDict()  # digest -> not before
         self.warmed = 0
@@ -108,7 +113,9 @@ class Prefetch:
     def wanted(self, room: Room) -> list[str]:
         """What to warm now."""
         now = self._now()
-        demand = {digest: self._demand.of(digest) for digest, not_before in self._seen.items() if not_before <= now}
+        unwanted = self._unwanted()
+        seen = [d for d, not_before in self._seen.items() if not_before <= now and d not in unwanted]
+        demand = {digest: self._demand.of(digest) for digest in seen}
         sizes = {digest: size for digest in demand if (size := self._size_of(digest)) is not None}
         return choose(demand, sizes, room)
 
@@ -116,6 +123,8 @@ class Prefetch:
         """Warm what should be, one after the other. What fails is left alone for a minute."""
         beat = self._door.heartbeat
         for digest in self.wanted(room_of(beat)) if beat is not None else ():
+            if digest in self._unwanted():  # since: the one before may have taken a while
+                continue
             try:
                 told = await asyncio.wait_for(self._door.warm(digest, _TTL_S), _PATIENCE_S)
             except TimeoutError:

@@ -129,9 +129,9 @@ class Router:
             refused.add(member.address.replica)
         yield answer
 
-    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+    async def warm(self, digest: str, ttl_s: float, *, prove: bool = False) -> Moved | Failed:
         """See EngineDoor: on every replica, and on those that come within ttl_s seconds."""
-        answer = await self._ask_all(lambda link: link.warm(digest, ttl_s))
+        answer = await self._ask_all(lambda link: link.warm(digest, ttl_s, prove=prove))
         if isinstance(answer, Moved):
             until = self._cool() + ttl_s
             self._warm[digest] = max(until, self._warm.get(digest, until))

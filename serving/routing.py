@@ -210,14 +210,17 @@ class Heat:
         self._rows = {digest: rows for digest, rows in both.items() if rows > 0.01}
 
     def copies(self, replicas: Mapping[str, Ledger], arriving: Iterable[tuple[str, str]] = ()) -> list[tuple[str, str]]:
-        """(digest, replica) to warm next: adapters too hot for those who have them, each at one more replica.
+        """(digest, replica) to warm next: adapters too hot for those who have them, each at one more replica;
+        none that is being dropped anywhere.
 
         arriving: copies under way; they count as there.
         """
         found: list[tuple[str, str]] = []
         coming = set(arriving)
         least = HOT_SHARE * min((ledger.rows for ledger in replicas.values()), default=0)
-        hottest = sorted((item for item in self._rows.items() if item[1] > least), key=lambda item: (-item[1], item[0]))
+        going = {digest for ledger in replicas.values() if ledger.beat is not None for digest in ledger.beat.dropping}
+        hot = [item for item in self._rows.items() if item[1] > least and item[0] not in going]
+        hottest = sorted(hot, key=lambda item: (-item[1], item[0]))
         for digest, rows in hottest:
             near = {n: ledger.residency(digest) for n, ledger in replicas.items()}
             having = [n for n, where in near.items() if where >= HOST or (digest, n) in coming]

@@ -113,7 +113,9 @@ class Server:
         self._warden: Warden = app.state.services.warden
         warm = app.state.services.flips.warm
         self._keeper = CanaryKeeper(parts.registry.canaries, self._gateway.tally, warm=warm, moved=metrics.moved)
-        self._prefetch = Prefetch(OneCopy(self._router), self._gateway.resolver.size_of)
+        self._prefetch = Prefetch(
+            OneCopy(self._router), self._gateway.resolver.size_of, unwanted=lambda: self._warden.unwanted
+        )
         self._gateway.audience.add(self._prefetch)
         self._http = _Uvicorn(uvicorn_config(app, parts.settings), self._on_signal)
         self._stopping = asyncio.Event()

@@ -31,7 +31,8 @@ _AGAIN_S = 10.0
 
 class Warden:
     """One gateway's. decrees: reads the registry, blocking. every_s: seconds between two readings; drain_s: how long
-    running answers of a retired version may take; longest_s: those of a revoked one that may finish."""
+    running answers of a retired version may take; longest_s: those of a revoked one that may finish. unwanted: what
+    nobody is served any more, as it was read last."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Warden:
         self._gateway, self._decrees = gateway, decrees
         self._every_s, self._drain_s, self._longest_s = every_s, drain_s, longest_s
         self._monotonic = monotonic
+        self.unwanted: frozenset[str] = frozenset()
         self._quiet_until: dict[str, float] = {}
         self._asked: set[asyncio.Task[None]] = set()
 
@@ -68,6 +70,7 @@ class Warden:
         """Read the decrees once and do what they ask for. Raises StoreFailed."""
         before = self._gateway.door.heartbeat
         found = await asyncio.to_thread(self._decrees)
+        self.unwanted = found.unwanted
         now_gone = {s.digest: revoked(s, s.id) for s in found.revoked if s.in_flight is InFlight.END}
         self._gateway.end(now_gone)
         beat = self._gateway.door.heartbeat

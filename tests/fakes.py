@@ -204,7 +204,7 @@ class FakeEngine:
         finally:
             submission.ended = submission.ended or "closed"
 
-    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+    async def warm(self, digest: str, ttl_s: float, *, prove: bool = False) -> Moved | Failed:
         if (refusal := self._refusal(digest)) is not None:
             return refusal
         self.warmed[digest] = ttl_s

@@ -131,3 +131,32 @@ def test_a_heartbeat_tells_the_room() -> None:
     assert beat is not None
     room = room_of(msgspec.structs.replace(beat, quarantined=("q",), host_bytes=100, host_bytes_limit=1000))
     assert (room.empty_slots, room.free_bytes, room.barred) == (4, 900, frozenset("q"))
+
+
+async def test_what_left_service_is_not_brought_back_however_much_it_was_asked_for() -> None:
+    """A version that was retired while it was popular was loaded again every other second, and dropped each time."""
+    engine, gone = Engine(), {"a"}
+    engine.tell = lambda digest: Moved(1, digest, "host", 10)
+    prefetch = Prefetch(engine, lambda digest: 10, now=lambda: 0.0, unwanted=lambda: gone)
+    for digest in ("a", "a", "a", "b", "b", "b"):
+        prefetch.ended(ended(digest))
+    await prefetch.tick()
+    assert engine.asked == ["b"]
+    gone.clear()
+    await prefetch.tick()
+    assert engine.asked[1:] == ["a", "b"], "restored, it is one of them again"
+
+
+async def test_what_leaves_service_while_another_loads_is_not_brought_after_it() -> None:
+    engine, gone = Engine(), set[str]()
+
+    def tell(digest: str) -> Moved:
+        gone.add("b")
+        return Moved(1, digest, "host", 10)
+
+    engine.tell = tell
+    prefetch = Prefetch(engine, lambda digest: 10, unwanted=lambda: gone)
+    for digest in ("a", "a", "a", "a", "b", "b", "b"):
+        prefetch.ended(ended(digest))
+    await prefetch.tick()
+    assert engine.asked == ["a"]

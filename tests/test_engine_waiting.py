@@ -138,6 +138,18 @@ def test_of_a_load_that_somebody_else_began_only_what_is_left_counts(begun_by: s
     assert case.host.loads == ["a", "b"]
 
 
+def test_what_does_not_load_is_told_as_that_and_not_as_a_deadline_that_is_too_short() -> None:
+    """Who waits no longer than a load takes was told to come again with more time, for ever."""
+    case = SchedulerCase(host=FakeHost(usual_s=3.0, broken={"gone"}))
+    case.submit("a")
+    case.run()
+    refused = case.submit("gone", deadline_s=1.0)
+    assert case.asked[refused].code == "adapter_load_failed"
+    assert retry_after(case.asked[refused]) == 5.0
+    case.submit("gone")
+    case.run()
+
+
 def test_a_deadline_behind_a_long_queue_is_refused_and_one_whose_turn_comes_first_is_not() -> None:
     """200 of one adapter wait, two rows: its next would start in half a minute; another adapter's starts at once."""
     case = SchedulerCase(rows=2)

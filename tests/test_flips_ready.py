@@ -43,10 +43,10 @@ class SlowToWarm(FakeEngine):
     loaded: threading.Event
     asked = 0
 
-    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+    async def warm(self, digest: str, ttl_s: float, *, prove: bool = False) -> Moved | Failed:
         self.asked += 1
         await asyncio.to_thread(self.loaded.wait, 30)
-        return await super().warm(digest, ttl_s)
+        return await super().warm(digest, ttl_s, prove=prove)
 
 
 async def test_what_no_slot_is_left_for_is_neither_promoted_nor_tried(client: httpx.AsyncClient, case: Case) -> None:

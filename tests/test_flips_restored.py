@@ -69,3 +69,13 @@ async def test_what_another_gateway_restored_is_not_dropped_any_longer(client: h
     case.registry.standings.restore("summarize", 2, who="another gateway", reason="not so old")
     await case.warden.follow()
     await until(lambda: case.engine.undropped == [digest_of(case, 2)])
+
+
+async def test_the_warden_knows_what_nobody_is_served_any_more(client: httpx.AsyncClient, case: Case) -> None:
+    """The prefetch asks it, lest it bring back what has just gone."""
+    case.registry.standings.retire("summarize", 2, who="another gateway")
+    await case.warden.follow()
+    assert case.warden.unwanted == {digest_of(case, 2)}
+    assert (await on(client, 2, "restore", reason="not so old")).status_code == 200
+    await case.warden.follow()
+    assert case.warden.unwanted == frozenset()

@@ -43,9 +43,9 @@ class SlowToWarm(FakeEngine):
 
     loaded: asyncio.Event
 
-    async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+    async def warm(self, digest: str, ttl_s: float, *, prove: bool = False) -> Moved | Failed:
         await self.loaded.wait()
-        return await super().warm(digest, ttl_s)
+        return await super().warm(digest, ttl_s, prove=prove)
 
 
 # -- a promotion warms first ------------------------------------------------------------------------------------

@@ -379,3 +379,40 @@ def test_warming_and_pinning_what_fails_its_golden_rows_are_refused_with_the_rea
     assert (told.code, told.message) == ("adapter_quarantined", Doubt.GOLDEN_MISMATCH.value)
     assert not case.slots.holds("a")
     assert case.slots.pinned == ()
+
+
+def test_what_is_to_be_proven_is_given_a_slot_that_nobody_uses_and_refused_before_anybody_asks_for_it(
+    bench: Bench,
+) -> None:
+    """Slots are full as a rule: a promotion to what fails its golden rows was made, and all of its requests refused."""
+    case = bench.case(wrap=swapped(bench), slots=1)
+    case.engine._prover = Blind()
+    assert case.answer(case.submit(PROMPT, "b")) == bench.expected("b")
+    plain = case.keep(lambda number: Warm(number, "a", 60.0))
+    case.run(lambda: case.told[plain] is not None)
+    assert isinstance(case.told[plain], Moved)
+    assert case.slots.holds("b"), "what is only warmed evicts nothing"
+    key = case.keep(lambda number: Warm(number, "a", 60.0, prove=True))
+    case.run(lambda: case.told[key] is not None)
+    told = case.told[key]
+    assert isinstance(told, Failed)
+    assert (told.code, told.message) == ("adapter_quarantined", Doubt.GOLDEN_MISMATCH.value)
+    assert case.answer(case.submit(PROMPT, "b")) == bench.expected("b")
+
+
+def test_where_all_slots_are_used_and_where_it_is_known_already_nothing_goes_for_a_proof(bench: Bench) -> None:
+    case = bench.case(slots=1)
+    assert case.answer(case.submit(PROMPT, "a")) == bench.expected("a")
+    running = case.submit(PROMPT, "b", max_tokens=40, ignore_eos=True)
+    case.run(lambda: len(case.answers[running].ids) > 2)
+    for name in ("c", "a"):
+        key = case.keep(lambda number, name=name: Warm(number, name, 60.0, prove=True))  # type: ignore[misc]
+        case.run(lambda key=key: case.told[key] is not None)  # type: ignore[misc]
+        told = case.told[key]
+        assert isinstance(told, Moved)
+        assert told.tier == "host"
+    assert not case.answers[running].endings
+    case.run(lambda: bool(case.answers[running].endings))
+    key = case.keep(lambda number: Warm(number, "a", 60.0, prove=True))
+    case.run(lambda: case.told[key] is not None)
+    assert case.slots.holds("b"), "a has proven itself before"

@@ -335,7 +335,7 @@ def test_a_replica_that_falls_silent_after_it_was_asked_is_not_waited_for() -> N
         asked = asyncio.Event()
 
         class Hangs(FakeReplica):
-            async def warm(self, digest: str, ttl_s: float) -> Moved | Failed:
+            async def warm(self, digest: str, ttl_s: float, *, prove: bool = False) -> Moved | Failed:
                 asked.set()
                 await asyncio.Event().wait()
                 raise AssertionError

@@ -168,6 +168,8 @@ def test_a_hot_adapter_is_copied_once_and_only_when_it_fills_its_rows() -> None:
         heat.note({X: 7}, second)
     assert heat.copies(holders) == [(X, "b")]
     assert heat.copies(holders, [(X, "b")]) == []
+    leaving = {**holders, "a": ledger(slots=(SlotState(X, 5, 4),), dropping=(X,))}
+    assert heat.copies(leaving) == [], "it goes, and would be loaded where it has just gone"
     full = {"a": holders["a"], "b": ledger(slots=(SlotState(Y, 1, 4), SlotState(Z, 1, 4)))}
     assert heat.copies(full) == []
     for second in range(30, 90):

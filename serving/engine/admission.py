@@ -105,7 +105,10 @@ class Admission:
         if expected_s < deadline_s:
             return None
         if sequence.adapter is not None and load_s and self._may_want(sequence.adapter):
-            self._loader.want(sequence.adapter)
+            state = self._loader.want(sequence.adapter)
+            if state.load is Load.FAILED:  # no deadline would be long enough
+                self._give_up(sequence.adapter)
+                return Failed(sequence.submit.id, *state.failure, retry_after_s=state.retry_after_s)
         why = f"It would start in {expected_s:.1f} s; its deadline is in {deadline_s:.1f} s."
         retry = self.forecast.clamp(expected_s - deadline_s)
         return Failed(sequence.submit.id, "deadline_exceeded", why, retry_after_s=retry)
@@ -153,6 +156,11 @@ class Admission:
                 self._room -= size
         return digest in self._wanted
 
+    def _give_up(self, digest: str) -> None:
+        """It does not load: leave its room to others."""
+        self._wanted.discard(digest)
+        self._room += self._size_of(digest)
+
     def _size_of(self, digest: str) -> int:
         """As it is on the host, or was, or like the last one there."""
         return self._loader.bytes_of(digest) or self._sizes.get(digest, self._usual_size)
@@ -173,8 +181,7 @@ class Admission:
             return
         state = self._loader.want(digest)
         if state.load is Load.FAILED:
-            self._wanted.discard(digest)
-            self._room += self._size_of(digest)
+            self._give_up(digest)
             for sequence in list(lane.waiting.values()):
                 self._end(sequence, Failed(sequence.submit.id, *state.failure, retry_after_s=state.retry_after_s))
             return

@@ -58,7 +58,15 @@ class Engine:
         apart = bool(facts.max_answer_len)
         self._proofs: Proofs[HostAdapter] = Proofs(self._prover.spare_rows, facts.room, apart)
         self._inbox: queue.SimpleQueue[tuple[Key, Submit | Cancel | Keep]] = queue.SimpleQueue()
-        self._keeper = Keeper(scheduler, slots, host, install=self._install, clear=self._clear, unproven=self._unproven)
+        self._keeper = Keeper(
+            scheduler,
+            slots,
+            host,
+            install=self._install,
+            clear=self._clear,
+            unproven=self._unproven,
+            known=lambda digest: self._proofs.known(digest),
+        )
         self._work = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

@@ -19,19 +19,21 @@ from serving.loader import HostTier
 
 MAX_WISHES = 4096
 LONGEST_TTL_S = 7 * 86400.0
+MOST_TRIALS = 3
 UNLOADED = "adapter_unloaded"
 
 Install = Callable[[str, Placement], list[Outgoing]]
 Clear = Callable[[str], int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Wish:
-    """A Warm or Pin that waits. until: when a pin gives up waiting for a slot."""
+    """A Warm or Pin that waits. until: when a pin gives up waiting for a slot; placed: how often it was given one."""
 
     key: Key
     message: Warm | Pin
     until: float
+    placed: int = 0
 
 
 @dataclass(slots=True)
@@ -45,7 +47,8 @@ class _Going:
 class Keeper:
     """Warm, pinned and going adapters of one engine. install: put what was placed into its slot, as the engine does;
     clear: empty the slot of an adapter nobody uses, and say how many bytes that freed; unproven: whether what lies in
-    its slot has yet to prove to be this adapter: nobody is told that it is there before."""
+    its slot has yet to prove to be this adapter: nobody is told that it is there before; known: whether an adapter has
+    proven itself before."""
 
     def __init__(
         self,
@@ -56,9 +59,11 @@ class Keeper:
         install: Install,
         clear: Clear,
         unproven: Callable[[str], bool] = lambda digest: False,
+        known: Callable[[str], bool] = lambda digest: True,
     ) -> None:
         self._scheduler, self._slots, self._host = scheduler, slots, host
         self._install, self._clear, self._unproven = install, clear, unproven
+        self._known = known
         self._wishes: dict[Key, _Wish] = {}
         self._warm: dict[str, float] = {}
         self._going: dict[str, _Going] = {}
@@ -164,7 +169,7 @@ class Keeper:
                 full = "What is warm already takes the host's whole budget for adapters."
                 return [(wish.key, Failed(number, "adapter_capacity", full, retry_after_s=5.0))]
             self._warm[digest] = max(self._warm.get(digest, 0.0), now + min(message.ttl_s, LONGEST_TTL_S))
-            if on_device or not self._slots.empty:
+            if on_device or not self._may_place(wish, message):
                 return [(wish.key, self._where(number, digest, state.times))]
         try:
             placement = self._slots.place(digest)
@@ -173,6 +178,7 @@ class Keeper:
                 return []
             full = "Every slot is leased or pinned."
             return [(wish.key, Failed(number, "adapter_capacity", full, retry_after_s=1.0))]
+        wish.placed += 1
         failures = self._install(digest, placement)
         if not self._slots.holds(digest):  # its installation failed, and the slot was emptied
             failed = Failed(number, "adapter_load_failed", f"adapter {digest[:12]} cannot be installed")
@@ -182,6 +188,12 @@ class Keeper:
         if isinstance(message, Pin):
             self._slots.pin(digest)
         return [(wish.key, self._where(number, digest, state.times))]
+
+    def _may_place(self, wish: _Wish, message: Warm) -> bool:
+        """Whether what is warmed goes to a slot: an empty one, or, to prove itself, one that nobody uses."""
+        # Where it loses its slot to others each time before it is proven, it is warm without.
+        prove = message.prove and wish.placed < MOST_TRIALS and not self._known(message.digest)
+        return bool(self._slots.empty) or (prove and self._slots.can_have(message.digest))
 
     def _set_aside(self, number: int, digest: str, now: float) -> Failed | None:
         wait_s = self._scheduler.breaker.aside_s(digest, now)

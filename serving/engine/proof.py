@@ -91,6 +91,10 @@ class Proofs(Generic[Adapter]):
         """Adapters from which nobody is answered yet."""
         return frozenset([*self._effects, *(r.digest for r in self._replays)])
 
+    def known(self, digest: str) -> bool:
+        """Whether it has proven itself before, be it in a slot now or not."""
+        return digest in self._proven
+
     def installed(self, digest: str, adapter: Adapter) -> None:
         """An adapter was put into a slot. The first time all of its rows are replayed, later one of them in turn."""
         self.gone(digest)

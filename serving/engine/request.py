@@ -99,12 +99,14 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 class Warm(msgspec.Struct, frozen=True, tag=True):
     """Bring an adapter to the host, and to a slot if one is empty; it stays on the host for ttl_s seconds at least.
 
+    prove: of an adapter that has not proven itself here yet, also to a slot that nobody uses, so that it does.
     `id` is of the same numbers as Submit's, here and in the four below. Answered once it is there, or cannot be.
     """
 
     id: int
     digest: str
     ttl_s: float
+    prove: bool = False
 
 
 class Pin(msgspec.Struct, frozen=True, tag=True):

@@ -18,6 +18,7 @@ from adapters.alias_moves import ANY, Expected
 from adapters.canaries import CanaryLimits, Split, Sticky
 from adapters.errors import (
     AdapterLoadFailed,
+    AdapterQuarantined,
     InvalidRequest,
     LoraplaneError,
     Overloaded,
@@ -41,6 +42,7 @@ _LAST_WORDS_S = 5.0  # what an engine may need beyond a drop's deadline
 _SHARE_OF_HOST = 0.25
 _BARELY_S = 1.0
 _OTHERWISE = 'Promote again, or move the alias without it: --no-warm, "warm": false.'
+_SICK = "Ask again after a while, or publish a mended version: an alias that moved to it now would answer nobody."
 _LATER = "Begin the canary again later."
 
 
@@ -218,11 +220,12 @@ class Flips:
             # Neither time helps, nor leaving out the warming: all requests for it would be refused.
             raise WarmFailed(version.id, str(error)) from error
         except (Overloaded, Unavailable) as error:
-            raise WarmFailed(version.id, f"{error} {otherwise}", error.retry_after_s) from error
+            advice = _SICK if isinstance(error, AdapterQuarantined) else otherwise
+            raise WarmFailed(version.id, f"{error} {advice}", error.retry_after_s) from error
         beat = self._gateway.door.heartbeat
         if beat is not None and version.digest in beat.quarantined:
             # It lies there, and would answer nobody.
-            why = f"The engine has it set aside; see GET /v1/adapters/residency. {otherwise}"
+            why = f"The engine has it set aside; see GET /v1/adapters/residency. {_SICK}"
             raise WarmFailed(version.id, why, 30.0)
 
     async def _warmed(self, version: AdapterVersion, ttl_s: float, *, prove: bool = False) -> Moved:

@@ -274,6 +274,7 @@ async def test_no_alias_moves_to_what_no_slot_can_be_had_for(live: Live) -> None
     body = {"version": 2, "force": True, "reason": "test"}
     refused = await live.client.post("/v1/adapters/spell/promote", json=body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "warm_failed")
+    assert "no-warm" not in refused.json()["error"]["message"]
     assert "loraplane unpin" in refused.json()["error"]["message"]
     assert live.shelf.registry.resolve("spell").number == 1
     assert (await live.client.delete("/v1/adapters/a/versions/1/pin")).status_code == 200

@@ -149,8 +149,8 @@ inline void write_key(bf16* block, const bf16* key, int64_t d, int64_t at) {
   for (int64_t i = 0; i < d / 2; ++i) to[i * KEY_BLOCK] = pairs[i];
 }
 
-// newest: nothing of this step lies behind it. The other half of its pair is then cleared: it is read, with weight 0, and
-// what another sequence left there may be no number.
+// newest: nothing of this step lies behind it. The other half of its pair is then cleared: it is read, with weight 0,
+// and what another sequence left there may be no number.
 inline void write_value(bf16* block, const bf16* value, int64_t d, int64_t at, bool newest) {
   bf16* to = block + (at / 2) * d * 2 + at % 2;
   for (int64_t i = 0; i < d; ++i) to[2 * i] = value[i];
@@ -158,10 +158,11 @@ inline void write_value(bf16* block, const bf16* value, int64_t d, int64_t at, b
     for (int64_t i = 0; i < d; ++i) to[2 * i + 1] = 0;
 }
 
-// out[j] = sum over positions of weights[j] * values / total[j], for 16 * PARTS dimensions from `c` on. pairs: of positions,
-// so many that one of each was written; weights (QUERIES, width).
+// out[j] = sum over positions of weights[j] * values / total[j], for 16 * PARTS dimensions from `c` on. weights (QUERIES,
+// width); pairs: of positions, of which the first `written` hold something.
 template <int QUERIES, int PARTS>
-void mix(const bf16* weights, int64_t width, int64_t written, const bf16* pairs, int64_t d, const float* total, bf16* const* out, int64_t c) {
+void mix(const bf16* weights, int64_t width, int64_t written, const bf16* pairs, int64_t d, const float* total,
+         bf16* const* out, int64_t c) {
   __m512 sums[QUERIES][PARTS];
   for (int j = 0; j < QUERIES; ++j)
     for (int k = 0; k < PARTS; ++k) sums[j][k] = _mm512_setzero_ps();

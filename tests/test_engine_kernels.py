@@ -166,7 +166,7 @@ def test_a_token_attends_bit_for_bit_the_same_alone_and_in_a_chunk() -> None:
 @needs_kernels
 @pytest.mark.parametrize("window", [0, 5])
 def test_what_another_left_in_a_row_is_not_read_even_where_it_is_no_number(window: int) -> None:
-    """Behind a window, what is no number stays unseen by the one who wrote it; the next one in that row failed of it."""
+    """Behind a window, what is no number stays unseen by who wrote it; the next one in that row failed of it."""
     layer = replace(heads(3, 64), window=window)
     clean, used = (PackedCache([layer], 2, 300, cpu_kernels()) for _ in range(2))
     for cache in (*used._keys, *used._values):

@@ -19,10 +19,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from adapters.errors import BaseUnsupported
 from serving.engine.plan import NO_SLOT, Key, RowPlan, StepPlan
+from serving.engine.reading import load_decoder
 from serving.engine.request import Sampling
 from serving.engine.runner import DecoderRunner, make_slots
-from tests.engine_case import load_tiny, read_peft
+from tests.engine_case import DEVICE, load_tiny, read_peft
 from tests.tiny_base import VOCAB, Oracle, save_adapter, save_random
 
 COMMON: dict[str, Any] = {
@@ -121,6 +123,24 @@ def test_prefill_and_decoding_equal_transformers_and_peft(family: tuple[Path, li
     print(f"largest difference {worst:.2e}")
     assert worst <= LOGIT_ERROR
     assert len({tuple(i) for i in ids}) == rows
+
+
+def test_a_rotary_scaling_that_changes_with_length_is_served_as_far_as_it_does_not(tmp_path: Path) -> None:
+    """Beyond its first length longrope turns every position otherwise; short prompts got the long ones' answers."""
+    half = COMMON["hidden_size"] // COMMON["num_attention_heads"] // 2
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * half, "long_factor": [4.0 + i for i in range(half)],
+    }  # fmt: skip
+    base = save_random(LlamaConfig(**COMMON, rope_parameters=rope), tmp_path / "base", seed=3)
+    with pytest.raises(BaseUnsupported, match="--max-model-len 64"):
+        load_decoder(base, torch.float32, DEVICE, 65)
+    decoder = load_decoder(base, torch.float32, DEVICE, 64)
+    runner = DecoderRunner(decoder, 1, make_slots(decoder, 1, 64))
+    prompt = tuple(3 + 7 * i % 250 for i in range(64))
+    row = RowPlan(Key((0, 0)), 0, NO_SLOT, 0, prompt, True, Sampling(max_tokens=1, temperature=0.0), 0, 0)
+    (logits,) = runner.logits(StepPlan((row,)))
+    assert float((logits.cpu() - Oracle(base, None).logits(prompt)[-1]).abs().max()) <= LOGIT_ERROR
 
 
 def test_bfloat16_on_this_machine_is_as_near_as_transformers_own(family: tuple[Path, list[Path]]) -> None:

@@ -99,6 +99,14 @@ def _rotary(source: _Source, kinds: Sequence[str], length: int) -> _Rotary:
     types = rope.rope_type if isinstance(rope.rope_type, dict) else {"": rope.rope_type}
     if "dynamic" in types.values():
         raise BaseUnsupported("dynamic rotary scaling changes with length and is not served")
+    for kind, name in types.items():
+        parameters = source.config.rope_parameters[kind] if kind else source.config.rope_parameters
+        if name == "longrope" and length > (most := int(parameters["original_max_position_embeddings"])):
+            # A longer text rotates all of its positions otherwise: one table holds for both sides of that length only.
+            raise BaseUnsupported(
+                f"longrope scaling changes for contexts of more than {most} tokens, which are not served; "
+                f"serve with --max-model-len {most} or less"
+            )
     positions = torch.arange(length)[None]
     tables = {}
     for kind in set(kinds) if isinstance(rope.rope_type, dict) else ("",):

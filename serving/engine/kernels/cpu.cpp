@@ -149,18 +149,24 @@ inline void write_key(bf16* block, const bf16* key, int64_t d, int64_t at) {
   for (int64_t i = 0; i < d / 2; ++i) to[i * KEY_BLOCK] = pairs[i];
 }
 
-inline void write_value(bf16* block, const bf16* value, int64_t d, int64_t at) {
+// newest: nothing of this step lies behind it. The other half of its pair is then cleared: it is read, with weight 0,
+// and what another sequence left there may be no number.
+inline void write_value(bf16* block, const bf16* value, int64_t d, int64_t at, bool newest) {
   bf16* to = block + (at / 2) * d * 2 + at % 2;
   for (int64_t i = 0; i < d; ++i) to[2 * i] = value[i];
+  if (newest && at % 2 == 0)
+    for (int64_t i = 0; i < d; ++i) to[2 * i + 1] = 0;
 }
 
-// out[j] = sum over positions of weights[j] * values / total[j], for 16 * PARTS dimensions from `c` on. pairs: of positions.
+// out[j] = sum over positions of weights[j] * values / total[j], for 16 * PARTS dimensions from `c` on. weights (QUERIES,
+// width); pairs: of positions, of which the first `written` hold something.
 template <int QUERIES, int PARTS>
-void mix(const bf16* weights, int64_t width, const bf16* pairs, int64_t d, const float* total, bf16* const* out, int64_t c) {
+void mix(const bf16* weights, int64_t width, int64_t written, const bf16* pairs, int64_t d, const float* total,
+         bf16* const* out, int64_t c) {
   __m512 sums[QUERIES][PARTS];
   for (int j = 0; j < QUERIES; ++j)
     for (int k = 0; k < PARTS; ++k) sums[j][k] = _mm512_setzero_ps();
-  for (int64_t p = 0; p < width / 2; ++p, pairs += 2 * d) {
+  for (int64_t p = 0; p < written; ++p, pairs += 2 * d) {
     __m512bh value[PARTS];
     for (int k = 0; k < PARTS; ++k) value[k] = load_pairs(pairs + k * 2 * LANES);
     for (int j = 0; j < QUERIES; ++j) {
@@ -221,16 +227,17 @@ void attend_block(const bf16* const* q, bf16* const* out, const bf16* keys, cons
     }
     total[j] = _mm512_reduce_add_ps(sum);
   }
+  const int64_t written = (longest - from * KEY_BLOCK) / 2 + 1;
   // As many dimensions at a time as registers hold: values then pass through once.
   constexpr int PARTS = QUERIES <= 4 ? 4 : 2;
   for (int64_t c = 0; c < d; c += PARTS * LANES) {
     const int64_t parts = std::min<int64_t>(PARTS, (d - c) / LANES);
     const bf16* pair = values + from * KEY_BLOCK * d + 2 * c;
     if (parts == PARTS)
-      mix<QUERIES, PARTS>(weights, width, pair, d, total, out, c);
+      mix<QUERIES, PARTS>(weights, width, written, pair, d, total, out, c);
     else
       for (int64_t part = 0; part < parts; ++part)
-        mix<QUERIES, 1>(weights, width, pair + part * 2 * LANES, d, total, out, c + part * LANES);
+        mix<QUERIES, 1>(weights, width, written, pair + part * 2 * LANES, d, total, out, c + part * LANES);
   }
 }
 
@@ -301,10 +308,11 @@ Tensor attend(Tensor qkv, const Tensor& cos, const Tensor& sin, const Tensor& ro
         if (turned > 0) rotate(token + h * s.d, coses + pos[t] * turned, sines + pos[t] * turned, turned);
       }
       const int64_t block = pos[t] / KEY_BLOCK, at = pos[t] % KEY_BLOCK;
+      const bool newest = t + 1 == tokens || row[t + 1] != row[t];
       for (int64_t g = 0; g < s.kv; ++g) {
         const int64_t to = row[t] * line + g * head_line + block * KEY_BLOCK * s.d;
         write_key(all_keys + to, token + (s.heads + g) * s.d, s.d, at);
-        write_value(all_values + to, token + (s.heads + s.kv + g) * s.d, s.d, at);
+        write_value(all_values + to, token + (s.heads + s.kv + g) * s.d, s.d, at, newest);
       }
     }
     std::vector<float> scratch;
